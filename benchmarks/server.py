@@ -58,7 +58,7 @@ class Outcome:
     complete: bool = False
     """The reply came with its end."""
     left: bool = False
-    """The client closed the connection on purpose."""
+    """The client closed the connection on purpose, after the first bytes of its response."""
     error: str = ""
     """Why there is no reply: the error of the connection, or the body of the response."""
 
@@ -216,11 +216,12 @@ def ask_all(
         port: of the server.
         bodies: of the requests.
         at_once: clients.
-        leave: fraction of the requests whose client leaves after a moment.
+        leave: fraction of the requests whose client leaves a stream after its first bytes.
         seed: of the choice.
     """
+    streamed = [number for number, body in enumerate(bodies) if body["stream"]]
     leavers = set(
-        np.random.default_rng(seed).permutation(len(bodies))[: int(leave * len(bodies))].tolist()
+        np.random.default_rng(seed).permutation(streamed)[: int(leave * len(bodies))].tolist()
     )
 
     async def run() -> list[Outcome]:
@@ -250,10 +251,12 @@ async def _ask(port: int, body: JsonObject, *, leaves: bool) -> Outcome:
             try:
                 writer.write(head + content)
                 await writer.drain()
-                if leaves:
-                    await asyncio.sleep(0.05)
-                    return Outcome(499, time.perf_counter() - start, left=True)
-                answer = await asyncio.wait_for(reader.read(), SECONDS)
+                answer = b""
+                if leaves and body["stream"]:  # others have no response to leave in
+                    answer = await asyncio.wait_for(reader.read(1024), SECONDS)
+                    if answer.split(b" ")[1:2] == [b"200"]:
+                        return Outcome(499, time.perf_counter() - start, left=True)
+                answer += await asyncio.wait_for(reader.read(), SECONDS)
             finally:
                 writer.close()
         except (OSError, TimeoutError) as error:
@@ -278,7 +281,7 @@ def _reply(text: str, *, stream: bool) -> tuple[str, bool]:
             return "", False
         return choice["message"]["content"], choice["finish_reason"] in ("stop", "length")
     reply, complete = "", False
-    for line in text.splitlines():  # the lengths of chunks are lines of their own
+    for line in text.split("\n"):  # the lengths of chunks are lines of their own
         if line.startswith("data: {"):
             found: Any = json.loads(line.removeprefix("data: "))
             for choice in found.get("choices", []):

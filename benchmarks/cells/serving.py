@@ -134,10 +134,13 @@ class Lost(Figure):
         lost = [outcome for outcome in outcomes if not (outcome.complete or outcome.left)]
         for outcome in lost:
             print(f"lost: status {outcome.status} after {outcome.seconds:.1f} s: {outcome.error}")
+        if sum(outcome.left for outcome in outcomes) != len(bodies) // 20:
+            raise GateError("not all that should have left did")
         if not running.idle():
             raise GateError("a slot of a client that left is not free")
-        if "Traceback" in running.log.read_text():
-            raise GateError("the log of the server holds a traceback")
+        log = running.log.read_text()
+        if "Traceback" in log or "error: " in log:
+            raise GateError("the log of the server holds an error")
         return float(len(lost))
 
 

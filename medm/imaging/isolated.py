@@ -10,7 +10,9 @@ would import from the working folder.
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -36,6 +38,8 @@ from medm.stopping import ignore_stops
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
 _MEMORY, _BYTES_PER_NUMBER = 2**30, 32
 """Address space of the child (0.4 GiB at start), and more for each number the header declares."""
 _BYTES_KEPT = 8
@@ -53,6 +57,26 @@ _REPLY = struct.Struct("<?")
 
 class ChildDiedError(Exception):
     """A program crashed, or took too much time or memory."""
+
+
+class _ChildGoneError(Exception):
+    """A program that was killed from outside, or did not start."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP)
+"""Exit status of a program that did not end itself; its own limits end it with SIGXCPU."""
+
+
+def _status(child: subprocess.Popen[bytes]) -> int:
+    """Return the exit status of a program that closed its pipes; 0 while it runs."""
+    try:
+        return child.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        return 0
 
 
 class LimitedChild:
@@ -79,6 +103,9 @@ class LimitedChild:
     ) -> T:
         """Write a request and return what `answer` reads of the reply.
 
+        A program that was killed from outside (for lack of memory, say) or did not start is no
+        fault of the request, which is asked once more.
+
         Args:
             request: its parts.
             answer: reads the whole reply.
@@ -89,24 +116,52 @@ class LimitedChild:
             MediaError: of `answer`; the program is started anew for the next request.
         """
         with self._lock:
-            child = self._running()
-            timer = threading.Timer(seconds, child.kill)
-            timer.daemon = True
-            timer.start()
             try:
-                pipe = cast(IO[bytes], child.stdin)
-                for part in request:
-                    pipe.write(part)
-                pipe.flush()
-                return answer(cast(IO[bytes], child.stdout))
-            except (OSError, EOFError):
-                self._stop()
+                return self._ask(request, answer, seconds)
+            except _ChildGoneError as error:
+                logger.warning(
+                    "%s ended with status %d before it answered; it is started again",
+                    self.command[-1], error.status,
+                )  # fmt: skip
+            try:
+                return self._ask(request, answer, seconds)
+            except _ChildGoneError:
                 raise ChildDiedError from None
-            except MediaError:
-                self._stop()  # remaining bytes in the pipe belong to this request
-                raise
-            finally:
-                timer.cancel()
+
+    def _ask(
+        self,
+        request: Sequence[bytes | memoryview],
+        answer: Callable[[IO[bytes]], T],
+        seconds: float,
+    ) -> T:
+        """Ask once. Raises as `ask`, and `_ChildGoneError`."""
+        child = self._running()
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            child.kill()
+
+        timer = threading.Timer(seconds, end)
+        timer.daemon = True
+        try:
+            timer.start()
+            pipe = cast(IO[bytes], child.stdin)
+            for part in request:
+                pipe.write(part)
+            pipe.flush()
+            return answer(cast(IO[bytes], child.stdout))
+        except (OSError, EOFError):
+            status = _status(child)
+            self._stop()
+            if late.is_set() or not (status > 0 or status in _FROM_OUTSIDE):
+                raise ChildDiedError from None
+            raise _ChildGoneError(status) from None
+        except BaseException:
+            self._stop()  # remaining bytes in the pipe belong to this request
+            raise
+        finally:
+            timer.cancel()
 
     def stop(self) -> None:
         """End the program; the next request starts it again."""

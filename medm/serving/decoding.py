@@ -16,6 +16,7 @@ import queue
 import struct
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ class Inspected:
 
 
 class Decoders:
-    """Some programs that decode. Each is started when it is first needed.
+    """Some programs that decode, each a file at a time.
 
     Args:
         count: programs, and so many files that are decoded at once.
@@ -129,10 +130,14 @@ class Decoders:
         return Volume(voxels, "volume", found["unit"], geometry, found["modality"])
 
     def start(self) -> None:
-        """Start one program, so that the first request need not wait for it."""
-        with self._child() as child:
-            request = json.dumps({"kind": None}).encode()
+        """Start the programs, so that no request has to wait for one."""
+        request = json.dumps({"kind": None}).encode()
+
+        def start(child: LimitedChild) -> None:
             child.ask([_LENGTHS.pack(len(request), 0), request], _reply, seconds=120)
+
+        with ThreadPoolExecutor(len(self._children)) as threads:
+            list(threads.map(start, self._children))
 
     def close(self) -> None:
         """End all programs."""

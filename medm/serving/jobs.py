@@ -6,13 +6,12 @@ Jobs run one after another beside chat requests, whose replies go on between the
 from __future__ import annotations
 
 import logging
-import queue
 import secrets
 import shutil
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -119,8 +118,9 @@ class JobRunner:
     def __init__(self, worker: Worker, files: FileStore, metrics: Metrics) -> None:
         self.worker, self.files, self.metrics = worker, files, metrics
         self._jobs: dict[str, Job] = {}
-        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name="medm-jobs", daemon=True)
 
     @property
@@ -156,7 +156,7 @@ class JobRunner:
             if waiting >= MAX_QUEUED:
                 raise ServingError("queue_full", f"{waiting} jobs wait, which is the limit")
             self._jobs[job.id] = job
-        self._queue.put(job)
+            self._changed.notify()
         return job
 
     def get(self, name: str) -> Job:
@@ -197,7 +197,8 @@ class JobRunner:
         with self._lock:
             for job in self._jobs.values():
                 job.cancelled.set()
-        self._queue.put(None)
+            self._closed = True
+            self._changed.notify()
         if self._thread.is_alive():
             self._thread.join(timeout=30)
 
@@ -220,16 +221,13 @@ class JobRunner:
 
     def _end(self, job: Job, status: Status) -> None:
         job.status, job.ended = status, time.time()
+        job.request = replace(job.request, prompt="")  # may be long, and is not needed again
         self.metrics.jobs.labels(job.request.task, status).inc()
 
     # What follows runs in the thread of the runner.
 
     def _run(self) -> None:
-        while (job := self._queue.get()) is not None:
-            with self._lock:
-                if job.status != "queued":
-                    continue
-                job.status, job.started = "running", time.time()
+        while (job := self._next()) is not None:
             status: Status = "succeeded"
             try:
                 self._do(job)
@@ -245,6 +243,17 @@ class JobRunner:
             if deleted or status != "succeeded":
                 self._remove(job)
             logger.info("%s %s %s", job.id, job.request.task, status)
+
+    def _next(self) -> Job | None:
+        """Wait for a job and mark it as running; None at the end."""
+        with self._changed:
+            while not self._closed:
+                for job in self._jobs.values():
+                    if job.status == "queued":
+                        job.status, job.started = "running", time.time()
+                        return job
+                self._changed.wait()
+        return None
 
     def _do(self, job: Job) -> None:
         request = job.request

@@ -24,6 +24,8 @@ from medm.serving.service import Service
 logger = logging.getLogger(__name__)
 
 _KEEP_ALIVE_SECONDS = 15
+_SWEEP_TICKS = 600
+"""Ticks, a tenth of a second each, between two searches for expired files."""
 _CLOSE_SECONDS = 5
 """For connections that do not close after their requests were ended."""
 
@@ -46,6 +48,7 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=_CLOSE_SECONDS,
         )
         super().__init__(config)
+        self.gate = gate
         self.service, self.drain_seconds = gate.service, options.drain_seconds
         self._draining: float | None = None
 
@@ -66,7 +69,9 @@ class Server(uvicorn.Server):
             late = time.monotonic() - self._draining > self.drain_seconds
             if late:
                 logger.warning("ended with %d requests open", worker.open)
-            self.should_exit = late or not (worker.open or jobs.open)
+            self.should_exit = late or not (worker.open or jobs.open or self.gate.bodies)
+        if counter % _SWEEP_TICKS == 0:  # files of patients go even if no request comes
+            self.service.sweep()
         return await super().on_tick(counter)
 
 

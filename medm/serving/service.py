@@ -77,6 +77,11 @@ class Service:
         self.worker.drain()
         self.jobs.drain()
 
+    def sweep(self) -> None:
+        """Delete uploads and results that are expired."""
+        self.files.sweep()
+        self.jobs.sweep()
+
     def close(self) -> None:
         """End the threads and delete all files."""
         self.jobs.close()

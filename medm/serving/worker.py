@@ -557,14 +557,23 @@ class Worker:
         if self._state == "loading":
             self._state = "ready"
         self._loaded.set()
-        while not self._closed and self.failure is None:
-            self._receive(wait=not (self._calls or self._streams))
-            if self._calls:
-                self._calls.popleft()()
-            self._step()
+        try:
+            while not self._closed and self.failure is None:
+                self._receive(wait=not (self._calls or self._streams))
+                if self._calls:
+                    self._calls.popleft()()
+                self._step()
+        except BaseException as error:  # noqa: BLE001 (nobody may wait for a thread that is gone)
+            self._give_up(error)
         self._ended.set()
+        failure = self.failure
+        end = (
+            ReplyEnd("cancelled")
+            if failure is None
+            else ReplyEnd("error", error=as_serving_error(failure))
+        )
         for stream in list(self._streams.values()):
-            self._finish(stream, ReplyEnd("cancelled"))
+            self._finish(stream, end)
         self._flush()
 
     def _flush(self) -> None:
@@ -608,7 +617,12 @@ class Worker:
             self._finish(stream, ReplyEnd("error", error=_ended()))
             return
         assert self.engine is not None
-        stream.number = self.engine.submit(stream.request, options, stream=True)
+        try:
+            stream.number = self.engine.submit(stream.request, options, stream=True)
+        except Exception as error:  # noqa: BLE001 (the request gets the error, the server stays)
+            logger.error("a request failed: %s", type(error).__name__)
+            self._finish(stream, ReplyEnd("error", error=as_serving_error(error)))
+            return
         self._streams[stream.number] = stream
 
     def _cancel(self, stream: ReplyStream) -> None:
@@ -654,6 +668,11 @@ class Worker:
         except Exception as error:  # noqa: BLE001 (its listener is gone; others must not suffer)
             logger.warning("a listener failed: %s", type(error).__name__)
             complete = True
+            if stream.end is None:
+                with suppress(Exception):
+                    stream.close(ReplyEnd("error", error=as_serving_error(error)))
+        if event.error is not None and not isinstance(event.error, MedmError):
+            logger.error("a reply failed: %s", type(event.error).__name__)
         if complete:
             del self._streams[stream.number]
             if event.finish is None and self.engine is not None:

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pydicom
@@ -16,7 +18,7 @@ import pytest
 from medm.errors import MediaError
 from medm.imaging import isolated
 from medm.imaging.images import read_image
-from medm.imaging.isolated import Decoder
+from medm.imaging.isolated import ChildDiedError, Decoder, LimitedChild
 from tests.crafted import rle_dicom
 
 FILES = Path(pydicom.__file__).parent / "data" / "test_files"
@@ -48,6 +50,48 @@ def test_a_child_that_died_is_replaced() -> None:
         decode(decoder, Path(__file__))
     np.testing.assert_array_equal(decode(decoder), EXPECTED)
     decoder._stop()
+
+
+def killed_at_first(times: int, marks: Path) -> list[str]:
+    """A program that is killed while it has its first requests, and then echoes a byte."""
+    program = (
+        "import os, pathlib, signal, sys\n"
+        "byte = os.read(0, 1)\n"
+        f"marks = pathlib.Path({str(marks)!r})\n"
+        "marks.write_text(marks.read_text() + 'x' if marks.exists() else 'x')\n"
+        f"if len(marks.read_text()) <= {times}: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "os.write(1, byte)\n"
+    )
+    return [sys.executable, "-c", program]
+
+
+def test_a_request_is_asked_again_if_its_program_was_killed_from_outside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    child = LimitedChild(killed_at_first(1, tmp_path / "once"))
+    one = partial(isolated.read_exactly, count=1)
+    assert child.ask([b"a"], one, seconds=60) == b"a"
+    assert "ended with status -9 before it answered" in caplog.text
+    child.stop()
+    child = LimitedChild(killed_at_first(2, tmp_path / "twice"))
+    with pytest.raises(ChildDiedError):
+        child.ask([b"a"], one, seconds=60)
+    assert (tmp_path / "twice").read_text() == "xx"
+
+
+def test_after_an_error_of_the_reader_no_bytes_of_a_request_are_left() -> None:
+    """Otherwise the next request would read the rest of this reply."""
+    program = "import os\nwhile (byte := os.read(0, 1)): os.write(1, byte * 4)"
+    child = LimitedChild([sys.executable, "-c", program])
+
+    def fail(reply: IO[bytes]) -> bytes:
+        reply.read(1)
+        raise ValueError("no JSON")
+
+    with pytest.raises(ValueError, match="no JSON"):
+        child.ask([b"a"], fail, seconds=60)
+    assert child.ask([b"b"], lambda reply: reply.read(4), seconds=60) == b"bbbb"
+    child.stop()
 
 
 def test_a_crash_is_a_media_error() -> None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
+import signal
 import stat
 import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 from pydicom.dataset import Dataset
 
+from medm.serving import server
 from medm.serving.files import FileStore
+from medm.serving.server import Server
 from tests.imaging.tiny import phantom, write_multi_frame, write_series
 from tests.serving.live import Live, code, data_uri, png, question, upload
 
@@ -225,3 +230,27 @@ def test_a_file_in_use_outlives_its_expiry(live: Live) -> None:
         assert store.stored == file.size
     assert not file.path.exists()
     assert store.stored == 0
+
+
+def test_expired_files_go_though_no_request_comes(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store: FileStore = live.service.files
+    file = store.add(io.BytesIO(png()), len(png()))
+    file.expires = time.time() - 1
+    monkeypatch.setattr(server, "_SWEEP_TICKS", 1)
+    end = time.monotonic() + 20
+    while file.path.exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not file.path.exists()
+
+
+def test_an_upload_that_comes_in_is_waited_for_while_the_server_drains(live: Live) -> None:
+    idle = SimpleNamespace(state="draining", open=0)
+    draining = Server(live.gate, live.service.options)
+    draining.service = SimpleNamespace(worker=idle, jobs=idle)  # type: ignore[assignment]
+    draining.gate = SimpleNamespace(bodies=1)  # type: ignore[assignment]
+    draining.handle_exit(signal.SIGTERM, None)
+    assert asyncio.run(draining.on_tick(1)) is False
+    draining.gate.bodies = 0
+    assert asyncio.run(draining.on_tick(2)) is True

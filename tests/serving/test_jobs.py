@@ -168,6 +168,7 @@ def test_a_job_is_cancelled_between_slices_and_chat_goes_on(
         assert progress["status"] == "running"
         assert 2 <= progress["progress"]["done"] < progress["progress"]["total"] == 60
         assert client.post(f"/v1/jobs/{waiting}/cancel").json()["status"] == "cancelled"
+        assert grounded.service.jobs.get(waiting).request.prompt == ""  # takes no memory any more
         client.post(f"/v1/jobs/{first}/cancel")
         assert finished(client, first)["status"] == "cancelled"
         assert code(client.get(f"/v1/jobs/{first}/result")) == (409, "job_not_done")

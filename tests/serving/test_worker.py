@@ -149,6 +149,35 @@ def test_a_step_that_fails_ends_its_requests_and_the_worker_goes_on(
     assert worker.submit(ask("What?"), max_new_tokens=4).result().text
 
 
+def test_a_request_that_the_engine_refuses_and_a_thread_that_ends(
+    worker: Worker, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody waits: the request has an error, and a server whose model is gone says so."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("the words of a patient")
+
+    assert worker.engine is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(worker.engine, "submit", fail)
+        with pytest.raises(ServingError) as failed:
+            worker.submit(ask("What?"), max_new_tokens=4).result()
+    assert failed.value.status == 500
+    assert worker.open == 0
+    assert worker.submit(ask("What?"), max_new_tokens=4).result().text
+
+    other = Worker(ServeOptions(model=str(folder), device="cpu"))
+    other.start()
+    other.wait_ready(120)
+    monkeypatch.setattr(other, "_step", fail)
+    with pytest.raises(ServingError):
+        other.submit(ask("What?"), max_new_tokens=4).result()
+    assert other.state == "failed"
+    assert isinstance(other.failure, RuntimeError)
+    assert "patient" not in caplog.text
+    other.close()
+
+
 def test_a_listener_that_fails_does_not_harm_others(worker: Worker) -> None:
     def listener(event: ReplyEvent) -> None:
         raise RuntimeError("the event loop is closed")
