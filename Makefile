@@ -5,7 +5,7 @@
 # make uni-med-demo several tasks: experts against the dense baseline on held-out volumes, one table (half an hour on 2 busy cores)
 # make motor-demo   pretraining on studies with and without knowledge, three seeds, one table of held-out volumes (8 minutes on 2 cores after the downloads)
 # make test         environment, then the tests
-# make campaign     the fault campaign: damage, kills, stops, hostile content; a table in campaign/results (about half an hour on 2 idle cores)
+# make campaign     the fault campaign: damage, kills, stops, hostile content; a table in campaign/results (12 minutes on 2 idle cores)
 # make check        environment, then lint, format, types and import layers: what has to pass before a commit
 # make format       ruff's fixes and formatting
 # make docs         the generated pages of docs/
