@@ -110,7 +110,7 @@ def fetch_dicomweb(
 ) -> None:
     """Fetch studies from a DICOMweb archive (QIDO-RS, WADO-RS) into a new folder.
 
-    Headers come as they are. The folder is written as a whole or not at all.
+    Headers come as they are. The folder is written atomically.
     """
     from medm.data.dicomweb import Archive, read_credentials
 
