@@ -98,6 +98,8 @@ def _check(job: SlurmJob) -> None:
         "--env": job.variables,
         "--partition": [job.partition or ""],
         "--account": [job.account or ""],
+        "the recipe": [job.name],
+        "the command": [job.command.replace('"', "")],
         "the working folder": [str(job.working_dir)],
         "output_dir": [str(job.output_dir)],
     }
@@ -130,7 +132,8 @@ def seconds_of(time: str) -> int:
         RecipeError: it is written in another way.
     """
     found = _TIME.fullmatch(time)
-    if found is None:
+    if found is None or (found["days"] is None and found["seconds"] is None):
+        # Slurm reads 24:00 as minutes and seconds.
         raise RecipeError(f"--time {time!r}: expected HH:MM:SS or D-HH:MM:SS, such as 24:00:00")
     days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
@@ -142,7 +145,7 @@ def _header(job: SlurmJob) -> list[str]:
     if any(option.startswith(("--gres", "--gpus")) for option in job.options):
         gpus = []
     options = [
-        f"--job-name={job.name}",
+        f'--job-name="{job.name}"',
         f'--chdir="{job.working_dir}"',
         f"--nodes={job.nodes}",
         f"--ntasks-per-node={max(1, job.gpus_per_node)}",
@@ -205,6 +208,7 @@ def _rank_start(job: SlurmJob) -> list[str]:
     lines = [
         "ON_NODE=$(cat <<'END'  # what each rank runs before medm",
         f'NODE_CACHE="{job.node_cache}"',
+        ': "${NODE_CACHE:?--node-cache is empty on this node}"',
         'mkdir -p "$NODE_CACHE"',
         'export TORCH_EXTENSIONS_DIR="$NODE_CACHE/torch_extensions"',
         'export TRITON_CACHE_DIR="$NODE_CACHE/triton"',

@@ -280,6 +280,7 @@ def test_wrong_arguments_are_refused_before_anything_is_written(
     (tmp_path / "own.sh").write_text("#!/bin/bash\necho mine\n")
     cases = {
         (known, "--time", "tomorrow"): "expected HH:MM:SS",
+        (known, "--time", "24:00"): "expected HH:MM:SS",  # minutes and seconds to Slurm
         (known, "--time", "00:05:00"): "expected more than the 300 s",
         (known, "--option", "a100"): "an option of sbatch",
         (known, "--env", "NCCL"): "expected NAME=VALUE",

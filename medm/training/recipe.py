@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -36,6 +37,9 @@ from medm.training.options import (
     TrainOptions,
     flatten_parts,
 )
+
+_SMALLER = re.compile(r"-(malformed|repaired|unparsed|unreadable)$|_(hd95|false-positive-rate)$")
+"""Metrics of which smaller values are better."""
 
 
 class Recipe(Options):
@@ -141,6 +145,11 @@ class Recipe(Options):
             expected = " or ".join(f"{one}_accuracy" for one in labels) or "one in monitors"
             raise ValueError(
                 f"train.metric_for_best_model: {metric} is of no monitor; expected {expected}"
+            )
+        if label in labels and self.train.greater_is_better is None and _SMALLER.search(metric):
+            raise ValueError(
+                f"train.metric_for_best_model: of {metric} smaller values are better; set "
+                "train.greater_is_better: false"
             )
         for monitor in self.monitors:
             if monitor.task.label == label and monitor.split == "test" and not monitor.scores_texts:

@@ -15,7 +15,7 @@ from medm.data.check import require_sources
 from medm.data.concepts import ConceptCounts
 from medm.data.pipelines import PIPELINES, pipeline_for
 from medm.distributed import on_rank_zero
-from medm.errors import CheckpointError, RecipeError
+from medm.errors import CheckpointError, RecipeError, suggest
 from medm.files import move_contents, replace_directory
 from medm.launcher import LINK
 from medm.models import build, kind_of
@@ -260,6 +260,14 @@ def _monitors(recipe: Recipe, processor: Processor) -> list[TaskMonitor]:
             continue
         gives = recipe.model.predicted_fields()
         opened.append(TaskMonitor(options, kind, processor, gives=gives))
+    metric = (recipe.train.metric_for_best_model or "").removeprefix("eval_")
+    for monitor in opened:
+        label, _, name = metric.rpartition("_")
+        if label == monitor.options.task.label and name not in monitor.metrics:
+            raise RecipeError(
+                f"train.metric_for_best_model: {label} has no metric {name!r}"
+                f"{suggest(name, monitor.metrics)}; it has {', '.join(sorted(monitor.metrics))}"
+            )
     return opened
 
 

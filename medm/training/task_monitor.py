@@ -85,6 +85,27 @@ class TaskMonitor:
             for media in sample.media:
                 resolve_inside(self.root, media.path or "")
             self._check(sample)
+        self.metrics = self._tried()
+        """Metrics that the task scores on these items."""
+
+    def _tried(self) -> frozenset[str]:
+        """Score the items on trial, without predictions; return the names of the metrics.
+
+        Raises:
+            DataError: what would stop the scoring: two items with one id, a field that is missing.
+            RecipeError: no metric is left without a model or a program of its own.
+        """
+        records = [
+            self.task.measure_item(record, None, self.root)
+            for record in join_predictions(self.samples, {})
+        ]
+        names = frozenset(result.name for result in self.task.score(records).results)
+        if not names:
+            raise RecipeError(
+                f"monitors: {self.options.task.label} has no metric that can be computed during "
+                "the training; those that need a model or a program of their own are for medm eval"
+            )
+        return names
 
     def _check(self, sample: Sample) -> None:
         """Refuse an item that could not be answered, before the run begins."""

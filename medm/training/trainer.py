@@ -26,11 +26,11 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
 
 from medm.data.sampling import DistributedBatchSampler, Sequential
 from medm.distributed import all_gather_objects, any_rank
-from medm.errors import DataError, MedmError, NonFiniteError
+from medm.errors import DataError, MedmError, NonFiniteError, RecipeError
 from medm.models.base import MedmModel
 from medm.objectives.terms import Losses, Terms
 from medm.stopping import ignore_stops
@@ -483,11 +483,34 @@ class MedmTrainer(ResumableTrainer):
             )
         loss = sum(total / count for total, count in zip(totals, items, strict=True) if count)
         metrics = {**(output.metrics or {}), f"{metric_key_prefix}_loss": loss}
-        assert isinstance(self.model, nn.Module)
-        with self.accelerator.autocast():  # as for the loss
-            for monitor in self.monitors:
-                metrics |= monitor.evaluate(self.model, self.state.global_step)
+        if self.monitors:
+            metrics |= self._monitored()
+        best = f"eval_{(self.args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+        if metric_key_prefix == "eval" and best not in metrics:
+            raise RecipeError(
+                f"train.metric_for_best_model: {best} is not defined at step "
+                f"{self.state.global_step}; there are {', '.join(sorted(metrics))}. Some metrics "
+                "need more items, or items of several classes"
+            )
         return output._replace(metrics=metrics)
+
+    def _monitored(self) -> dict[str, float]:
+        """Return the scores of the monitors."""
+        assert isinstance(self.model, nn.Module)
+        branches = dict(self.model.encoders()) if isinstance(self.model, MedmModel) else {}
+        bypassed = {name: branch.encoder_bypassed for name, branch in branches.items()}
+        scores: dict[str, float] = {}
+        try:
+            # Features are cached of the training's files alone: here every rank uses its encoders.
+            for branch in branches.values():
+                branch.encoder_bypassed = False
+            with self.accelerator.autocast():  # as for the loss
+                for monitor in self.monitors:
+                    scores |= monitor.evaluate(self.model, self.state.global_step)
+        finally:
+            for name, branch in branches.items():
+                branch.encoder_bypassed = bypassed[name]
+        return scores
 
     def prediction_step(
         self,
@@ -543,6 +566,9 @@ class MedmTrainer(ResumableTrainer):
         else:
             self._overflows = 0
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+        if self.interruption.raised and self.args.save_strategy == SaveStrategy.BEST:
+            # An evaluation that is not the best took the request to save back.
+            self._save_checkpoint(self._module, None)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

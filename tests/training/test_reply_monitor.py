@@ -22,6 +22,7 @@ from medm.inference.batch import infer
 from medm.inference.options import InferOptions
 from medm.models import kind_of_config
 from medm.tasks.custom import Custom
+from medm.training import callbacks
 from medm.training.options import MonitorOptions
 from medm.training.recipe import load_recipe
 from medm.training.run import train
@@ -120,6 +121,9 @@ def test_replies_are_written_in_mixed_precision(world: Path) -> None:
 def test_replies_are_those_of_batch_inference(tmp_path: Path, family: str) -> None:
     """Rows of unlike lengths; a template without an end token ends at a sequence of tokens."""
     model, processor = build_tiny(tmp_path, family=family)
+    # What a published model brings counts in neither.
+    for config in (model.generation_config, model.language_model.generation_config):
+        config.repetition_penalty, config.no_repeat_ngram_size = 5.0, 2
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     write_records(tmp_path, answered(tmp_path, 11), "held_out.json")
@@ -181,9 +185,14 @@ def test_a_reply_ends_where_inference_ends_it(
 def test_items_and_options_that_do_not_fit_are_refused_before_the_run(
     world: Path, tmp_path: Path
 ) -> None:
-    def refused(error: type[Exception], message: str, **monitor: Any) -> None:
+    def refused(error: type[Exception], message: str, *overrides: str, **monitor: Any) -> None:
         with pytest.raises(error, match=message):
-            train(load_recipe(recipe(world, "refused", monitor=monitor)))
+            train(load_recipe(recipe(world, "refused", monitor=monitor), list(overrides)))
+
+    best = ["train.load_best_model_at_end=true", "train.metric_for_best_model=custom_token-f2"]
+    refused(RecipeError, "custom has no metric 'token-f2'.*token-f1", *best)
+    best[1] = "train.metric_for_best_model=custom_closed-unparsed"
+    refused(RecipeError, "smaller values are better; set train.greater_is_better: false", *best)
 
     turns = [{"from": "human", "value": "<volume>\nWhat?"}, {"from": "gpt", "value": "no"}]
     (world / "v.npy").write_bytes(b"")
@@ -192,6 +201,10 @@ def test_items_and_options_that_do_not_fit_are_refused_before_the_run(
     refused(RecipeError, "custom, item v has volumes; the model reads image", task=volumes)
     refused(RecipeError, "m3d-seg needs masks", task="m3d-seg", split="test")
     refused(DataError, "none.json", task={**TASK, "path": "none.json"})
+    grouped = {**TASK, "group_by": ["organ"]}
+    refused(DataError, "group_by: no record has 'organ'", task=grouped)
+    external = {**TASK, "metrics": ["meteor-java"]}
+    refused(RecipeError, "no metric that can be computed during the training", task=external)
     refused(RecipeError, r"monitors\.0\.data: /no/such: no such folder", data="/no/such")
 
 
@@ -210,3 +223,48 @@ def test_a_table_in_weights_and_biases_and_a_disk_that_is_full(
     columns = ["id", "question", "reply", "answer"]
     assert logged == [({"samples/custom": (columns, [["1", "a | b\nc", "no", "yes"]])}, False)]
     assert "samples/custom-3.jsonl cannot be written" in caplog.text
+
+
+def test_a_score_that_is_not_defined_stops_the_run_with_the_names_that_there_are(
+    world: Path,
+) -> None:
+    """One class alone has no sensitivity and specificity."""
+    task = {**TASK, "metrics": ["sensitivity-specificity", "token-f1"]}
+    records = [
+        {"id": str(n), "conversations": [{"from": "human", "value": "?"}], "answer": "yes"}
+        for n in range(2)
+    ]
+    write_records(world, records, "one_class.json")
+    path = recipe(
+        world, "undefined", monitor={"task": {**task, "path": "one_class.json"}},
+        metric_for_best_model="custom_specificity", load_best_model_at_end=True,
+    )  # fmt: skip
+    with pytest.raises(RecipeError, match="custom_specificity is not defined at step 3; there are"):
+        train(load_recipe(path))
+
+
+def test_a_stop_at_an_evaluation_that_is_not_the_best_is_saved(world: Path) -> None:
+    """`save_strategy: best` takes the request to save back."""
+    path = recipe(world, "stopped", monitor={"max_new_tokens": 1}, save_strategy="best",
+                  metric_for_best_model="custom_token-f1")  # fmt: skip
+    seen: list[int] = []
+    own = TaskMonitor.evaluate
+
+    def evaluate_and_stop(self: TaskMonitor, model: Any, step: int) -> dict[str, float]:
+        seen.append(step)
+        return {**own(self, model, step), "eval_custom_token-f1": 1.0 / step}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskMonitor, "evaluate", evaluate_and_stop)
+        patch.setattr(callbacks.Interruption, "on_step_end", stop_at(6))
+        assert not train(load_recipe(path)).finished
+    assert seen == [3, 6]
+    assert (world / "stopped/checkpoint-6/trainer_state.json").exists()
+
+
+def stop_at(step: int) -> Any:
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step:
+            self.raised = control.should_save = control.should_training_stop = True
+
+    return on_step_end

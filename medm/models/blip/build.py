@@ -18,7 +18,7 @@ from transformers import (
 
 from medm.encoders import EncoderOptions
 from medm.encoders.sizes import number
-from medm.errors import CheckpointError, RecipeError
+from medm.errors import CheckpointError, DataError, RecipeError
 from medm.imaging import Preprocess
 from medm.models.base import CardText, ModelKind
 from medm.models.blip.answers import resolved_answers
@@ -40,7 +40,7 @@ from medm.models.vision import (
     spatial_of,
 )
 from medm.text_encoders.bert import BertTextEncoder
-from medm.types import ANSWER_BRANCHES, Answerer, PredictionField
+from medm.types import ANSWER_BRANCHES, Answerer, AnswerItem, PredictionField
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +115,14 @@ class BlipKind(ModelKind[BlipOptions, MedmBlip, MedmBlipProcessor]):
         from medm.models.blip.answering import StudyAnswerer
 
         return StudyAnswerer(model, processor, fields, batch_size=batch_size, with_reports=True)
+
+    def check_item(self, processor: MedmBlipProcessor, item: AnswerItem) -> None:
+        if not item.pixels:
+            raise DataError("a study without an image", field="image")
+        if processor.answers and item.question is None:
+            raise DataError(
+                "the model chooses answers to questions; expected a question", field="question"
+            )
 
     def card_text(self, options: BlipOptions) -> CardText:
         return CardText(

@@ -8,7 +8,7 @@ model of its own, and gives the same greedy replies.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 
     from medm.models.lvlm.modeling import LVLMForConditionalGeneration
     from medm.models.lvlm.processing import LVLMProcessor
+
+
+_GREEDY: dict[str, Any] = {
+    "do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 50,
+    "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0, "min_length": 0,
+}  # fmt: skip
+"""Settings in place of those that a published model brings, which `medm.inference` does not use."""
 
 
 class ConversationAnswerer:
@@ -52,7 +59,7 @@ class ConversationAnswerer:
         inputs = self.processor.pad([encode_item(self.processor, item) for item in items])
         replies = self.model.generate(
             **inputs.to(self.model.device),
-            do_sample=False,
+            **_GREEDY,
             use_cache=True,  # gradient checkpointing switches it off in the config
             max_new_tokens=self.max_new_tokens,
         )[:, inputs["input_ids"].shape[1] :]
