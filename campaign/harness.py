@@ -8,6 +8,7 @@ has a runner, a fork in turn, which forks the children of its group.
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import json
 import os
@@ -294,6 +295,7 @@ def _child(cases: Sequence[Case], limits: Limits, writing: int) -> None:
     ceiling = size + int((limits.gib + 4) * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (ceiling, ceiling))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    faulthandler.disable()  # of pytest: a crash is an outcome, no message on its terminal
     gc.freeze()  # collections look at the cases' own objects alone
     for case in cases:
         found = run_here(case, limits)
