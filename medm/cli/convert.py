@@ -556,6 +556,8 @@ def _show_series(index: DicomIndex) -> None:
         f"without an image, {index.not_dicom} other files, {len(index.unreadable)} not readable",
         markup=False,
     )
+    if index.links:
+        out.print(f"{index.links} links not followed")
     for series in problems[:LISTED]:
         place = f"{series.place} ({series.modality}, {series.slices} slices)"
         out.print(f"  {place}: {series.problem}", markup=False)

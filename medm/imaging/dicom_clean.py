@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from medm.imaging.damage import DECODE_ERRORS
 from medm.imaging.dicom import is_dicom, load_pydicom, quiet
 from medm.imaging.dicom_bare import HEAD, has_file_header
 from medm.imaging.dicom_profiles import Action, Profile
+from medm.imaging.folders import regular_files
 from medm.imaging.pseudonyms import Pseudonyms
 from medm.types import JsonObject
 
@@ -85,6 +85,8 @@ class CleaningReport:
     that cannot be looked at."""
     uids: int = 0
     """Different UIDs that were replaced."""
+    links: int = 0
+    """Links to files or folders that were not followed."""
     flagged: dict[str, list[str]] = field(default_factory=dict)
     """Cleaned files to look at, and why."""
     left_out: dict[str, str] = field(default_factory=dict)
@@ -103,6 +105,7 @@ class CleaningReport:
             "unknown_elements_removed": self.unknown,
             "uids_replaced": self.uids,
             "flagged": self.flagged,
+            "links_not_followed": self.links,
             "left_out": dict(Counter(self.left_out.values())),
         }
 
@@ -140,8 +143,9 @@ def clean_folder(
     report = CleaningReport(profile.name)
     places: dict[tuple[str, ...], int] = {}
     uids: set[str] = set()
+    files, report.links = regular_files(folder)
     with atomic_directory(output) as written:
-        for done, file in enumerate(_files(folder), start=1):
+        for done, file in enumerate(files, start=1):
             progress(done)
             try:
                 dataset = _read(file)
@@ -172,20 +176,13 @@ def clean_folder(
                 report.flagged[name] = reasons
         report.uids = len(uids)
         if not report.files:
-            raise MediaError(f"{folder}: holds no DICOM image that can be read")
+            raise MediaError(
+                f"{folder}: holds no DICOM image that can be read; {report.links} links not "
+                "followed"
+            )
         text = json.dumps(report.as_json(), indent=2)
         atomic_write_text(written / REPORT, f"{text}\n")
     return report
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """Yield the regular files at any depth in the order of their paths; links are not followed."""
-    for place, folders, names in os.walk(folder):
-        folders.sort()
-        for name in sorted(names):
-            path = Path(place) / name
-            if path.is_file() and not path.is_symlink():
-                yield path
 
 
 def _read(file: Path) -> FileDataset | None:

@@ -181,6 +181,20 @@ def test_what_is_no_image_is_left_out(tmp_path: Path) -> None:
     assert "in/" not in (tmp_path / "out" / REPORT).read_text()
 
 
+def test_links_are_counted_and_not_followed(tmp_path: Path) -> None:
+    """A file of git-annex is a link to its content; a folder may be one, too."""
+    files = write_series(tmp_path / "annex", phantom())
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.dcm").symlink_to(files[0])
+    (tmp_path / "in" / "b").symlink_to(tmp_path / "annex", target_is_directory=True)
+    with pytest.raises(MediaError, match="2 links not followed"):
+        cleaned(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "in" / "c.dcm").write_bytes(files[1].read_bytes())
+    report, found = cleaned(tmp_path / "in", tmp_path / "out")
+    assert (report.links, len(found)) == (2, 1)
+    assert json.loads((tmp_path / "out" / REPORT).read_text())["links_not_followed"] == 2
+
+
 def test_a_bare_data_set_and_a_deflated_one(tmp_path: Path) -> None:
     """Without the file header, as some archives export them; and one that could be a bomb."""
     files = write_series(tmp_path / "in", phantom())

@@ -237,6 +237,42 @@ def test_several_series_in_one_folder(tmp_path: Path) -> None:
     assert "IM9999 could be a slice, but is not DICOM" in (lost.problem or "")
 
 
+@pytest.mark.parametrize("made", [None, radiographs], ids=["volume", "images"])
+@pytest.mark.parametrize("keyword", ["PatientID", "StudyInstanceUID"])
+def test_a_series_of_two_patients_is_named(
+    tmp_path: Path, made: Change | None, keyword: str
+) -> None:
+    """One SeriesInstanceUID in files of two patients, or of two studies."""
+
+    def change(dataset: Dataset, z: int) -> None:
+        dataset.SeriesInstanceUID = "1.2.3.4"
+        if made is not None:
+            made(dataset, z)
+        if z > 5:
+            setattr(dataset, keyword, "1.2.3.9")
+
+    study(tmp_path / "in", "p", "1", both=change, one=made)
+    problems = {series.place: series.problem for series in index_series(tmp_path / "in").series}
+    assert problems == {
+        "both": "files of several patients or studies under one SeriesInstanceUID",
+        "one": None,
+    }
+
+
+def test_copies_and_links_of_images(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    study(root, "p", "1", dx=radiographs, one=radiographs)
+    (root / "copies").mkdir()
+    for file in sorted((root / "dx").iterdir())[:2]:
+        (root / "copies" / file.name).write_bytes(file.read_bytes())
+    (root / "link.dcm").symlink_to(root / "one" / "IM0000")
+    index = index_series(root)
+    assert index.links == 1 and [series.place for series in index.usable] == ["one"]
+    (copied,) = [series for series in index.series if series.problem]
+    assert copied.problem == "duplicate images: 2 have the SOPInstanceUID of another file"
+    assert "1 links not followed" in convert(root, tmp_path / "o.json", "--prompt", "What?")
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason", "code"),
     [
