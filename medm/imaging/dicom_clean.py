@@ -97,7 +97,7 @@ class CleaningReport:
         return {
             "notice": NOTICE,
             "profile": self.profile,
-            "table": "DICOM PS3.15 2024b, Table E.1-1",
+            "table": "DICOM PS3.15 2024b, Table E.1-1, and additions of medm",
             "medm": __version__,
             "files": self.files,
             "actions": {keyword: dict(self.actions[keyword]) for keyword in sorted(self.actions)},
