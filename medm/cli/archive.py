@@ -78,6 +78,8 @@ def clean(
         f"changed, {report.private} private ones removed, {report.uids} UIDs replaced",
         markup=False,
     )
+    if report.links:
+        out.print(f"{report.links} links not followed")
     for reason, count in Counter(report.left_out.values()).items():
         out.print(f"{count} files left out: {reason}", markup=False)
         listed = [file for file, why in report.left_out.items() if why == reason]

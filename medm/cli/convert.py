@@ -448,12 +448,27 @@ def dicom(
         pseudonyms=Pseudonyms(read_salt(salt_file)),
         left_out=left_out,
     )
-    _write(output, found, source, to, left_out, prompt, prompts, seed, root=source)
+    without_patient = 0
+
+    def counted() -> Iterator[tuple[int, Row]]:
+        nonlocal without_patient
+        for number, row in found:
+            without_patient += "patient" not in row.extra
+            yield number, row
+
+    _write(output, counted(), source, to, left_out, prompt, prompts, seed, root=source)
     if table is not None:
         _show_unjoined(table)
     if val:
         from medm.cli.split import write_split
+        from medm.errors import DataError
 
+        if without_patient:
+            raise DataError(
+                f"{without_patient} records are of files without PatientID: there is no split "
+                f"by patient; medm data split {output} --by study --val {val:g} --root {source}",
+                file=output,
+            )
         write_split(output, by="patient", val=val, test=0.0, seed=seed or 0, root=source)
 
 
@@ -556,6 +571,8 @@ def _show_series(index: DicomIndex) -> None:
         f"without an image, {index.not_dicom} other files, {len(index.unreadable)} not readable",
         markup=False,
     )
+    if index.links:
+        out.print(f"{index.links} links not followed")
     for series in problems[:LISTED]:
         place = f"{series.place} ({series.modality}, {series.slices} slices)"
         out.print(f"  {place}: {series.problem}", markup=False)

@@ -15,7 +15,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, BinaryIO
@@ -52,8 +52,8 @@ MAX_FRAMES = 10_000
 """Most frames of one file, and most files of one folder."""
 
 _KEYWORDS = [
-    "SOPClassUID", "Modality", "SeriesInstanceUID", "SeriesNumber", "ImagePositionPatient",
-    "ImageOrientationPatient",
+    "SOPClassUID", "SOPInstanceUID", "Modality", "PatientID", "StudyInstanceUID",
+    "SeriesInstanceUID", "SeriesNumber", "ImagePositionPatient", "ImageOrientationPatient",
     "PixelSpacing", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated",
     "BitsStored",
     "HighBit", "PixelRepresentation", "PhotometricInterpretation", "RescaleIntercept",
@@ -125,8 +125,11 @@ class Header:
     """The file, for messages."""
     modality: str
     """A known modality, or "unknown": never free text."""
-    series_uid: str
-    """For grouping only; patient data, never shown."""
+    patient_id: str = field(repr=False)
+    study_uid: str = field(repr=False)
+    series_uid: str = field(repr=False)
+    instance_uid: str = field(repr=False)
+    """Like those above for grouping only; patient data, never shown."""
     series_number: int | None
     rows: int
     columns: int
@@ -453,7 +456,10 @@ def _header(found: _Found, path: Path, name: str) -> Header:
         path=path,
         name=name,
         modality=modality if modality in _MODALITIES else "unknown",
+        patient_id=str(dataset.get("PatientID") or "").strip(),
+        study_uid=str(dataset.get("StudyInstanceUID") or "").strip(),
         series_uid=str(dataset.get("SeriesInstanceUID", "")),
+        instance_uid=str(dataset.get("SOPInstanceUID") or "").strip(),
         series_number=None if number is None else int(number),
         rows=int(_number(dataset, "Rows") or 0),
         columns=int(_number(dataset, "Columns") or 0),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,12 +24,14 @@ from medm.imaging.damage import DECODE_ERRORS
 from medm.imaging.dicom import is_dicom, load_pydicom, quiet
 from medm.imaging.dicom_bare import HEAD, has_file_header
 from medm.imaging.dicom_profiles import Action, Profile
+from medm.imaging.folders import regular_files
 from medm.imaging.pseudonyms import Pseudonyms
 from medm.types import JsonObject
 
 if TYPE_CHECKING:
     from pydicom.dataelem import DataElement
     from pydicom.dataset import Dataset, FileDataset
+    from pydicom.tag import BaseTag
 
 logger = logging.getLogger(__name__)
 
@@ -53,17 +54,20 @@ _DUMMIES: dict[str, object] = {
 _PATIENT_ID = 0x00100020
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 _STANDARD_UIDS = "1.2.840.10008."
-_TEXT_VRS = {"AE", "CS", "LO", "LT", "PN", "SH", "ST", "UC", "UR", "UT"}
+_FREE_TEXT_VRS = {"LO", "LT", "PN", "SH", "ST", "UC", "UT"}
+_TEXT_VRS = {"AE", "CS", "UR", *_FREE_TEXT_VRS}
 _IDENTIFYING = (
     "PatientName", "PatientID", "OtherPatientIDs", "AccessionNumber", "PatientBirthName",
     "PatientMotherBirthName", "PatientAddress",
 )  # fmt: skip
 """Elements whose values are searched for in the elements that stay."""
-_MIN_FOUND = 4
-"""Fewest characters of a value that is searched for; shorter ones occur by chance."""
+_OWN_UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
+"""Elements whose UIDs are searched for in the elements that stay."""
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _DRAWN_MODALITIES = {"US", "IVUS", "ES", "GM", "XC", "SC", "OT"}
 """Modalities whose devices write names and dates into the pixels."""
+_DRAWN_CONVERSIONS = {"WSD", "DF", "SD", "SI", "DRW"}
+"""Conversion types of screens, films, paper and drawings (PS3.3, C.8.6.1)."""
 
 
 @dataclass(slots=True)
@@ -77,9 +81,12 @@ class CleaningReport:
     private: int = 0
     """Private elements removed."""
     unknown: int = 0
-    """Public elements removed that the dictionary of DICOM does not know."""
+    """Public elements removed that the dictionary of DICOM does not know, or whose content is bytes
+    that cannot be looked at."""
     uids: int = 0
     """Different UIDs that were replaced."""
+    links: int = 0
+    """Links to files or folders that were not followed."""
     flagged: dict[str, list[str]] = field(default_factory=dict)
     """Cleaned files to look at, and why."""
     left_out: dict[str, str] = field(default_factory=dict)
@@ -90,7 +97,7 @@ class CleaningReport:
         return {
             "notice": NOTICE,
             "profile": self.profile,
-            "table": "DICOM PS3.15 2024b, Table E.1-1",
+            "table": "DICOM PS3.15 2024b, Table E.1-1, and additions of medm",
             "medm": __version__,
             "files": self.files,
             "actions": {keyword: dict(self.actions[keyword]) for keyword in sorted(self.actions)},
@@ -98,6 +105,7 @@ class CleaningReport:
             "unknown_elements_removed": self.unknown,
             "uids_replaced": self.uids,
             "flagged": self.flagged,
+            "links_not_followed": self.links,
             "left_out": dict(Counter(self.left_out.values())),
         }
 
@@ -135,8 +143,9 @@ def clean_folder(
     report = CleaningReport(profile.name)
     places: dict[tuple[str, ...], int] = {}
     uids: set[str] = set()
+    files, report.links = regular_files(folder)
     with atomic_directory(output) as written:
-        for done, file in enumerate(_files(folder), start=1):
+        for done, file in enumerate(files, start=1):
             progress(done)
             try:
                 dataset = _read(file)
@@ -167,20 +176,13 @@ def clean_folder(
                 report.flagged[name] = reasons
         report.uids = len(uids)
         if not report.files:
-            raise MediaError(f"{folder}: holds no DICOM image that can be read")
+            raise MediaError(
+                f"{folder}: holds no DICOM image that can be read; {report.links} links not "
+                "followed"
+            )
         text = json.dumps(report.as_json(), indent=2)
         atomic_write_text(written / REPORT, f"{text}\n")
     return report
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """Yield the regular files at any depth in the order of their paths; links are not followed."""
-    for place, folders, names in os.walk(folder):
-        folders.sort()
-        for name in sorted(names):
-            path = Path(place) / name
-            if path.is_file() and not path.is_symlink():
-                yield path
 
 
 def _read(file: Path) -> FileDataset | None:
@@ -242,14 +244,11 @@ class _Cleaner:
         """Clean a data set in place. Return why its pixels or its text should be looked at."""
         with quiet():
             reasons = _pixel_reasons(dataset)
-            searched = _identifying_values(dataset)
+            searched = _Searched.of(dataset)
             self._items(dataset)
             dataset.DeidentificationMethod = [_METHOD, f"profile {self._profile.name}"[:64]]
             _write_file_meta(dataset)
-            reasons += [
-                f"{keyword} holds a value of an identifying element"
-                for keyword in _still_there(dataset, searched)
-            ]
+            reasons += searched.reasons(dataset)
         for keyword, action in self._done:
             self._report.actions.setdefault(keyword, Counter())[action] += 1
         return reasons
@@ -261,20 +260,25 @@ class _Cleaner:
             dataset: changed in place.
             dummy: every element gets a dummy value, as in a sequence whose action is D.
         """
-        from pydicom.datadict import dictionary_has_tag, keyword_for_tag
+        from pydicom.datadict import dictionary_has_tag, keyword_for_tag, repeater_has_tag
 
         for tag in list(dataset.keys()):
             if tag.is_private:
                 del dataset[tag]
                 self._report.private += 1
                 continue
-            repeated = tag.group >> 8 in (0x50, 0x60)
+            # Of the elements that repeat in groups, curves and overlays stay.
+            repeated = tag.group >> 8 in (0x50, 0x60) and repeater_has_tag(int(tag))
             action = self._profile.action(int(tag))
             if action is None and not (dictionary_has_tag(tag) or repeated or tag.element == 0):
                 del dataset[tag]
                 self._report.unknown += 1
                 continue
             element = dataset[tag]
+            if action != "X" and _is_opaque(element):
+                del dataset[tag]
+                self._report.unknown += 1
+                continue
             if dummy and action not in ("X", "Z", "U"):
                 action = "D"
             if action is not None and action != "K":
@@ -334,7 +338,7 @@ def _pixel_reasons(dataset: Dataset) -> list[str]:
     """Return why the pixels of a file may show a name or a date."""
     burned_in = str(dataset.get("BurnedInAnnotation", "")).upper()
     storage = str(dataset.get("SOPClassUID", ""))
-    modality = str(dataset.get("Modality", ""))
+    modality = str(dataset.get("Modality") or "").strip()
     reasons = []
     if burned_in == "YES":
         reasons.append("BurnedInAnnotation is YES")
@@ -342,25 +346,92 @@ def _pixel_reasons(dataset: Dataset) -> list[str]:
         reasons.append("secondary capture")
     elif modality in _DRAWN_MODALITIES and burned_in != "NO":
         reasons.append(f"modality {modality}, and BurnedInAnnotation is not NO")
+    if not modality:
+        reasons.append("no Modality")
+    conversion = str(dataset.get("ConversionType") or "").strip().upper()
+    if conversion in _DRAWN_CONVERSIONS:
+        reasons.append(f"ConversionType is {conversion}")
+    image_type = re.sub(r"[\s_]", "", str(dataset.get("ImageType") or "").upper())
+    if "SCREENSAVE" in image_type:
+        reasons.append("ImageType is SCREEN SAVE")
+    if any(_has_overlay_in_pixels(dataset, group) for group in range(0x6000, 0x6100, 2)):
+        reasons.append("an overlay in spare bits of the pixels")
     if str(dataset.get("RecognizableVisualFeatures", "")).upper() == "YES":
         reasons.append("RecognizableVisualFeatures is YES")
     return reasons
 
 
-def _identifying_values(dataset: Dataset) -> set[str]:
-    """Return the words of identifying elements, to search for; they leave this module nowhere."""
-    values = itertools.chain.from_iterable(
-        re.split(r"[\\^=,;\s]+", str(dataset.get(keyword) or "")) for keyword in _IDENTIFYING
-    )
-    return {value.casefold() for value in values if len(value) >= _MIN_FOUND}
+def _has_overlay_in_pixels(dataset: Dataset, group: int) -> bool:
+    """Return true if Overlay Bit Position (60xx,0102) is above 0."""
+    element = dataset.get((group, 0x0102))
+    return element is not None and isinstance(element.value, int) and element.value > 0
 
 
-def _still_there(dataset: Dataset, searched: set[str]) -> list[str]:
-    """Return the keywords of elements that stay and hold one of the values."""
-    found = {
-        element.keyword or f"({element.tag.group:04X},{element.tag.element:04X})"
-        for element in dataset.iterall()
-        if element.VR in _TEXT_VRS
-        and any(value in str(element.value).casefold() for value in searched)
-    }
-    return sorted(found)
+@dataclass(frozen=True, slots=True)
+class _Searched:
+    """Values of identifying elements, to search for; they leave this module nowhere."""
+
+    parts: frozenset[str]
+    """Found anywhere in a text."""
+    words: frozenset[str]
+    """Short ones, which occur in other words by chance: found as whole words of free text."""
+    uids: frozenset[str]
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> _Searched:
+        """Return the values of a data set that is not cleaned yet."""
+        split = itertools.chain.from_iterable(
+            re.split(r"[\\^=,;\s]+", str(dataset.get(keyword) or "")) for keyword in _IDENTIFYING
+        )
+        found = {value.casefold() for value in split}
+        # Scripts without capitals, such as Chinese, have names of two characters and no spaces.
+        parts = {
+            value
+            for value in found
+            if len(value) >= 4 or (len(value) > 1 and value.isalpha() and value.upper() == value)
+        }
+        words = {value for value in found - parts if len(value) > 1 and value.isalpha()}
+        uids = {str(dataset.get(keyword) or "").strip() for keyword in _OWN_UIDS} - {""}
+        return cls(frozenset(parts), frozenset(words), frozenset(uids))
+
+    def reasons(self, dataset: Dataset) -> list[str]:
+        """Return which elements of a cleaned data set hold one of the values."""
+        found = {
+            f"{element.keyword or _number(element.tag)} holds {what}"
+            for element in dataset.iterall()
+            for what in self._held(element)
+        }
+        return sorted(found)
+
+    def _held(self, element: DataElement) -> Iterator[str]:
+        if element.VR not in _TEXT_VRS and element.VR != "UI":
+            return
+        text = str(element.value).casefold()
+        if element.VR != "UI" and (
+            any(part in text for part in self.parts)
+            or (element.VR in _FREE_TEXT_VRS and self.words.intersection(re.split(r"\W+", text)))
+        ):
+            yield "a value of an identifying element"
+        if self.uids.intersection(re.findall(r"[0-9.]+", text)):
+            yield "a UID of the source"
+
+
+def _number(tag: BaseTag) -> str:
+    return f"({tag.group:04X},{tag.element:04X})"
+
+
+def _is_opaque(element: DataElement) -> bool:
+    """Return true for an element whose content cannot be looked at, such as names in a sequence.
+
+    pydicom takes the value representation of known elements of VR UN from the dictionary up to
+    65534 bytes, and what is longer as bytes. Numbers of pixels and tables are bytes anyhow.
+    """
+    from pydicom.datadict import dictionary_has_tag, dictionary_VR, repeater_has_tag
+
+    is_known = dictionary_has_tag(element.tag) or repeater_has_tag(int(element.tag))
+    known = dictionary_VR(element.tag) if is_known else ""
+    if known == "SQ":
+        return element.VR != "SQ"
+    if any(vr.startswith("O") for vr in known.split(" or ")):
+        return False
+    return element.VR == "UN" or isinstance(element.value, bytes)

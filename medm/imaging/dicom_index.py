@@ -26,7 +26,7 @@ from medm.imaging.dicom import (
     read_header,
 )
 from medm.imaging.dicom_series import arrange_series
-from medm.imaging.folders import refuse_lost_slice
+from medm.imaging.folders import refuse_lost_slice, regular_files
 from medm.types import Kind
 
 if TYPE_CHECKING:
@@ -97,6 +97,8 @@ class DicomIndex:
     without_image: int = 0
     """DICOM files without an image: reports, structure sets, directories."""
     not_dicom: int = 0
+    links: int = 0
+    """Links to files or folders that were not followed."""
     unreadable: dict[str, str] = field(default_factory=dict)
     """Files that belong to no known series, and why they cannot be read."""
 
@@ -130,7 +132,8 @@ def index_series(
     found: dict[str, DicomSeries] = {}
     foreign: list[Path] = []
     files: Counter[Path] = Counter()
-    for done, path in enumerate(_files(folder), start=1):
+    paths, index.links = regular_files(folder)
+    for done, path in enumerate(paths, start=1):
         progress(done)
         name = path.relative_to(folder).as_posix()
         files.update(parent for parent in path.parents if parent.is_relative_to(folder))
@@ -158,7 +161,8 @@ def index_series(
     if not any(series.headers for series in index.series):
         raise MediaError(
             f"{folder}: holds no DICOM image that can be read; {len(index.series)} series and "
-            f"{len(index.unreadable)} files cannot be, {index.without_image} have no image"
+            f"{len(index.unreadable)} files cannot be, {index.without_image} have no image; "
+            f"{index.links} links not followed"
         )
     for series in index.series:
         if series.headers:
@@ -176,16 +180,6 @@ def index_series(
         )
     )
     return index
-
-
-def _files(folder: Path) -> list[Path]:
-    """Return the regular files at any depth, folder by folder."""
-    found = []
-    for place, folders, names in os.walk(folder):
-        folders.sort()
-        paths = (Path(place) / name for name in sorted(names))
-        found += [path for path in paths if path.is_file() and not path.is_symlink()]
-    return found
 
 
 def _parent(name: str) -> str:
@@ -233,6 +227,9 @@ def _describe(
 ) -> None:
     """Fill in kind, geometry and paths of a series, or its problem."""
     first = series.headers[0]
+    if len({(header.patient_id, header.study_uid) for header in series.headers}) > 1:
+        series.problem = "files of several patients or studies under one SeriesInstanceUID"
+        return
     elements = series.read(["BodyPartExamined", "ImageType", "SOPClassUID"])
     body_part = str(elements.get("BodyPartExamined") or "").strip().upper()
     series.body_part = body_part if body_part in _BODY_PARTS or not body_part else "other"
@@ -247,6 +244,10 @@ def _describe(
     if not is_volume:
         if any(header.frames > 1 for header in series.headers):
             series.problem = "some files have several frames, others one"
+            return
+        instances = [header.instance_uid for header in series.headers if header.instance_uid]
+        if copies := len(instances) - len(set(instances)):
+            series.problem = f"duplicate images: {copies} have the SOPInstanceUID of another file"
             return
         series.kind = "image"
         series.paths = tuple(

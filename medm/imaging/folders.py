@@ -1,8 +1,9 @@
-"""Reports of the files of a folder that are not part of its volume: no slice is lost."""
+"""Files of a folder, and reports of those that are not part of its volume: no slice is lost."""
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +26,24 @@ _SYSTEM_SUFFIXES = {
 """Of viewers, reports and tables that lie beside slices."""
 _UNFINISHED = {".part", ".partial", ".crdownload", ".filepart", ".tmp", ".download"}
 _DICOM_SUFFIXES = {".dcm", ".dicom", ".ima", ".dic"}
+
+
+def regular_files(folder: Path) -> tuple[list[Path], int]:
+    """Return the regular files at any depth, folder by folder, and the number of links.
+
+    Links to files and folders are not followed: a link may lead out of the folder, and one file
+    would be read twice.
+    """
+    found: list[Path] = []
+    links = 0
+    for place, folders, names in os.walk(folder):
+        folders.sort()
+        for path in (Path(place) / name for name in (*folders, *sorted(names))):
+            if path.is_symlink():
+                links += 1
+            elif path.is_file():
+                found.append(path)
+    return found, links
 
 
 def is_system_file(path: Path) -> bool:

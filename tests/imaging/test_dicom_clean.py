@@ -181,6 +181,20 @@ def test_what_is_no_image_is_left_out(tmp_path: Path) -> None:
     assert "in/" not in (tmp_path / "out" / REPORT).read_text()
 
 
+def test_links_are_counted_and_not_followed(tmp_path: Path) -> None:
+    """A file of git-annex is a link to its content; a folder may be one, too."""
+    files = write_series(tmp_path / "annex", phantom())
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.dcm").symlink_to(files[0])
+    (tmp_path / "in" / "b").symlink_to(tmp_path / "annex", target_is_directory=True)
+    with pytest.raises(MediaError, match="2 links not followed"):
+        cleaned(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "in" / "c.dcm").write_bytes(files[1].read_bytes())
+    report, found = cleaned(tmp_path / "in", tmp_path / "out")
+    assert (report.links, len(found)) == (2, 1)
+    assert json.loads((tmp_path / "out" / REPORT).read_text())["links_not_followed"] == 2
+
+
 def test_a_bare_data_set_and_a_deflated_one(tmp_path: Path) -> None:
     """Without the file header, as some archives export them; and one that could be a bomb."""
     files = write_series(tmp_path / "in", phantom())
@@ -245,7 +259,122 @@ def test_the_table_of_the_standard() -> None:
         0x50FF0005: "X", 0x60000010: None, 0x00280010: None,
     }  # fmt: skip
     assert {tag: basic.action(tag) for tag in rows} == rows
-    assert len(basic.actions) == 614
+    assert len(basic.actions) == 614 + 20  # and the additions of medm
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_elements_whose_content_cannot_be_looked_at_are_removed(tmp_path: Path) -> None:
+    """pydicom reads a sequence of VR UN as bytes where it has 65535 or more; pixels are bytes."""
+
+    def change(dataset: Dataset, z: int) -> None:
+        long = b"Zzyzx^" * 11_000
+        dataset.add_new(0x00081115, "UN", long)  # a sequence
+        dataset.add_new(0x00080300, "OB", b"Zzyzx^")  # a sequence
+        dataset.add_new(0x00189423, "UN", long)  # a text
+        dataset.add_new(0x00080302, "OB", b"Zzyzx^")  # another one
+        item = Dataset()
+        item.add_new(0x00400275, "UN", long)  # a sequence whose action is X
+        item.add_new(0x00321064, "UN", long)
+        dataset.DeidentificationMethodCodeSequence = Sequence([item])
+        dataset.add_new(0x60000010, "US", 8)
+        dataset.add_new(0x60009999, "LO", "Zzyzx")
+        dataset.add_new(0x60020002, "LO", "Zzyzx")
+        dataset.BitsAllocated, dataset.Rows, dataset.Columns = 16, 300, 200
+        dataset["PixelData"] = pydicom.DataElement(0x7FE00010, "UN", bytes(120_000))
+
+    write_series(tmp_path / "in", phantom(), change=change)
+    report, found = cleaned(tmp_path / "in", tmp_path / "out")
+    assert report.files == 12 and report.unknown == 12 * 7
+    for path in (tmp_path / "out").rglob("*.dcm"):
+        assert b"Zzyzx" not in path.read_bytes()
+    assert found[0][0x60000010].value == 8 and len(found[0].PixelData) == 120_000
+    assert report.actions["RequestAttributesSequence"] == {"X": 12}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_uids_and_addresses_of_the_source_do_not_stay(tmp_path: Path) -> None:
+    uids: list[str] = []
+
+    def change(dataset: Dataset, z: int) -> None:
+        study = dataset.StudyInstanceUID
+        uids.extend([study, dataset.SeriesInstanceUID, dataset.SOPInstanceUID])
+        dataset.RetrieveURL = f"https://pacs.example.org/studies/{study}"
+        dataset.RetrieveURI = f"https://pacs.example.org/?studyUID={study}"
+        dataset.RetrieveLocationUID = "1.2.3.4567"
+        dataset.PixelDataProviderURL = "https://pacs.example.org/jpip"
+        dataset.PatientBirthDateInAlternativeCalendar = "1448"
+        if z == 1:
+            dataset.CodingSchemeIdentificationSequence = Sequence([Dataset()])
+            dataset.CodingSchemeIdentificationSequence[0].CodingSchemeURL = f"urn:oid:{study}"
+        if z == 2:
+            dataset.AssertionUID = dataset.SeriesInstanceUID
+            dataset.VolumetricPresentationInputSetUID = f"{study}.1"  # another UID
+
+    write_series(tmp_path / "in", phantom(), change=change, shuffle=False)
+    report, found = cleaned(tmp_path / "in", tmp_path / "out")
+    assert list(report.flagged.values()) == [
+        ["CodingSchemeURL holds a UID of the source"],
+        ["AssertionUID holds a UID of the source"],
+    ]
+    for one in (found[0], *found[3:]):
+        assert not any(uid in everything(one) for uid in uids)
+        assert "example.org" not in everything(one) and "1448" not in everything(one)
+    assert not any(uid in (tmp_path / "out" / REPORT).read_text() for uid in uids)
+
+
+def test_short_names_are_found_as_words(tmp_path: Path) -> None:
+    def change(dataset: Dataset, z: int) -> None:
+        dataset.SpecificCharacterSet = "ISO_IR 192"
+        dataset.PatientName = "Li^Ct^\u738b\u5c0f" if z else "Canary"
+        dataset.Manufacturer = (
+            "Oliver" if z < 2 else "of Li, 12" if z == 2 else "\u738b\u5c0f\u4e1c"
+        )
+
+    write_series(tmp_path / "in", phantom(), change=change, shuffle=False)
+    report, _ = cleaned(tmp_path / "in", tmp_path / "out")
+    assert sorted(report.flagged) == [f"study-0001/series-0001/{n:06d}.dcm" for n in range(3, 13)]
+
+
+def test_further_signs_of_writing_in_the_pixels(tmp_path: Path) -> None:
+    def change(dataset: Dataset, z: int) -> None:
+        if z == 0:
+            dataset.ConversionType = "WSD"
+        if z == 1:
+            dataset.ImageType = ["DERIVED", "SECONDARY", "SCREEN SAVE"]
+        if z == 2:
+            del dataset.Modality
+        if z == 3:
+            dataset.add_new(0x60020102, "US", 12)
+        if z == 4:
+            dataset.add_new(0x60000102, "US", 0)
+            dataset.ConversionType = "SYN"
+
+    write_series(tmp_path / "in", phantom(), change=change, shuffle=False)
+    report, _ = cleaned(tmp_path / "in", tmp_path / "out")
+    assert list(report.flagged.values()) == [
+        ["ConversionType is WSD"],
+        ["ImageType is SCREEN SAVE"],
+        ["no Modality"],
+        ["an overlay in spare bits of the pixels"],
+    ]
+
+
+def test_a_profile_of_ones_own_is_named_by_its_file_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "Canary"
+    folder.mkdir()
+    (folder / "base.yaml").write_text("extends: basic\nkeep: [PatientAge]\n")
+    (folder / "own.yaml").write_text("extends: base.yaml\nkeep: [StudyDescription]\n")
+    write_series(tmp_path / "in", phantom())
+    _, found = cleaned(tmp_path / "in", tmp_path / "out", profile=str(folder / "own.yaml"))
+    assert found[0].DeidentificationMethod[1] == "profile own"
+    assert json.loads((tmp_path / "out" / REPORT).read_text())["profile"] == "own"
+    assert load_profile(str(folder / "own.yaml")).action(0x00101010) == "K"
+    (folder / "loop.yaml").write_text("extends: ../Canary/loop.yaml\n")
+    (folder / "first.yaml").write_text("extends: second.yaml\n")
+    (folder / "second.yaml").write_text("extends: first.yaml\n")
+    for name in ("loop.yaml", "first.yaml"):
+        with pytest.raises(RecipeError, match="the file extends itself"):
+            load_profile(str(folder / name))
 
 
 def test_pseudonyms(tmp_path: Path) -> None:

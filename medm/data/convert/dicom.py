@@ -7,7 +7,7 @@ written only where they are asked for by keyword. Messages name folders, files a
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -28,7 +28,6 @@ the most slices."""
 
 JOINS = ("AccessionNumber", "StudyInstanceUID", "SeriesInstanceUID")
 """Elements that tables are joined by where none is named: the first that is a column."""
-_IDENTIFIERS = ("PatientID", "StudyInstanceUID", "SeriesInstanceUID", "AccessionNumber")
 _SERIES_COLUMNS = (
     "place", "modality", "body_part", "kind", "files", "slices", "rows", "columns", "spacing_mm",
     "usable", "reason",
@@ -150,48 +149,97 @@ def study_rows(
         reports: texts; None asks a question about each.
         keep: DICOM keywords whose values are written, under `dicom`.
         pseudonyms: name patients and studies.
-        left_out: takes the studies without a report.
+        left_out: takes the studies without a report of their own, and those of several patients.
     """
-    element = () if reports is None else (reports.element,)
-    for number, (study, group) in enumerate(_groups(index.usable, per, pseudonyms)):
+    patients = {} if reports is None else _patients(index.series, reports.element)
+    for number, (study, group) in enumerate(_groups(index.usable, per, pseudonyms, left_out)):
         first = group[0]
-        elements = first.read([*_IDENTIFIERS, *element, *keep])
         text = None
         if reports is not None:
-            try:
-                text = reports.of(_text(elements.get(reports.element)))
-            except DataError as error:
-                place = first.folder / first.place
-                left_out.add("no report", DataError(error.reason, file=place))
+            text = _report(group, reports, patients, left_out)
+            if text is None:
                 continue
         extra: JsonObject = {}
-        patient = _text(elements.get("PatientID"))
+        patient = first.headers[0].patient_id
         if patient:
             extra["patient"] = pseudonyms.name(patient, "patient")
         extra["study"] = study
         if keep:
+            elements = first.read(keep)
             values = {keyword: _value(elements.get(keyword)) for keyword in keep}
             extra["dicom"] = {key: value for key, value in values.items() if value is not None}
-        uid = _text(elements.get("SeriesInstanceUID")) or first.paths[0]
+        uid = first.headers[0].series_uid.strip() or first.paths[0]
         name = pseudonyms.name(uid, "series") if per == "series" else study
         media = [Media(series.kind, path) for series in group for path in series.paths]
         yield number, Row(media=media, text=text, id=name, extra=extra)
 
 
+def _patients(all_series: Sequence[DicomSeries], element: str) -> dict[str, set[str]]:
+    """Return the patients of each value of an element that a table is joined by.
+
+    An AccessionNumber is unique in one hospital only, and UIDs are copied by mistake. Other
+    elements, such as PatientID, are joined by as they are: none are returned.
+    """
+    found: dict[str, set[str]] = {}
+    if element in JOINS:
+        for series in all_series:
+            if series.headers:
+                value = _text(series.read([element]).get(element))
+                found.setdefault(value, set()).update(one.patient_id for one in series.headers)
+    return found
+
+
+def _report(
+    group: Sequence[DicomSeries],
+    reports: Reports,
+    patients: Mapping[str, set[str]],
+    left_out: LeftOut,
+) -> str | None:
+    """Return the report of the series of a record; None where they are left out.
+
+    A series without a row takes the report of the others.
+    """
+    place = group[0].folder / group[0].place
+    element = reports.element
+    values = list(dict.fromkeys(_text(series.read([element]).get(element)) for series in group))
+    values = [value for value in values if value in reports.by_value] or values[:1]
+    if any(len(patients.get(value, ())) > 1 for value in values if value):
+        for value in values:
+            reports.used.update(reports.by_value.get(value, ()))
+        reason = f"several patients have its {element}"
+        left_out.add(reason, DataError("the report may be of another patient", file=place))
+        return None
+    try:
+        texts = {reports.of(value) for value in values}
+    except DataError as error:
+        left_out.add("no report", DataError(error.reason, file=place))
+        return None
+    if len(texts) > 1:
+        fault = DataError(f"{len(texts)} different texts by {element}", file=place)
+        left_out.add("its series have several reports", fault)
+        return None
+    return texts.pop()
+
+
 def _groups(
-    usable: Sequence[DicomSeries], per: Per, pseudonyms: Pseudonyms
-) -> list[tuple[str, list[DicomSeries]]]:
-    """Return the series of each record, with the pseudonym of their study."""
+    usable: Sequence[DicomSeries], per: Per, pseudonyms: Pseudonyms, left_out: LeftOut
+) -> Iterator[tuple[str, list[DicomSeries]]]:
+    """Yield the series of each record, with the pseudonym of their study."""
     studies: dict[str, list[DicomSeries]] = {}
     for series in usable:
-        uid = _text(series.read(["StudyInstanceUID"]).get("StudyInstanceUID"))
-        key = pseudonyms.name(uid or series.place, "study")
+        key = pseudonyms.name(series.headers[0].study_uid or series.place, "study")
         studies.setdefault(key, []).append(series)
-    if per == "study":
-        return list(studies.items())
-    if per == "largest":
-        return [(key, [max(group, key=lambda one: one.slices)]) for key, group in studies.items()]
-    return [(key, [series]) for key, group in studies.items() for series in group]
+    for key, group in studies.items():
+        if per == "series":
+            yield from ((key, [series]) for series in group)
+        elif len({series.headers[0].patient_id for series in group}) > 1:
+            fault = DataError(
+                f"{len(group)} series with one StudyInstanceUID and several PatientIDs",
+                file=group[0].folder / group[0].place,
+            )
+            left_out.add("several patients in one study", fault)
+        else:
+            yield key, group if per == "study" else [max(group, key=lambda one: one.slices)]
 
 
 def _text(value: object) -> str:

@@ -21,7 +21,7 @@ _CODES: Mapping[str, Action] = {
     "X/Z/U*": "S",
 }  # fmt: skip
 """Codes of PS3.15, Table E.1-1a, and what is done."""
-_KEYS = {"description", "actions", "repeating", "extends", "keep"}
+_KEYS = {"description", "actions", "additions", "repeating", "extends", "keep"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,7 @@ class Profile:
     """What is done with each element of a header."""
 
     name: str
+    """Of the file, without its folder: it is written into the cleaned files."""
     description: str
     actions: Mapping[int, Action]
     """By tag."""
@@ -56,35 +57,45 @@ def profile_names() -> list[str]:
 def load_profile(name: str) -> Profile:
     """Return a profile by its name, or of a YAML file of one's own.
 
+    A file may extend a profile, or another file whose path is relative to its folder.
+
     Raises:
         UnknownNameError: no profile of that name.
-        RecipeError: the file is no profile.
+        RecipeError: the file is no profile, or extends itself.
     """
+    return _load(name, Path(), ())
+
+
+def _load(name: str, folder: Path, extending: tuple[Path, ...]) -> Profile:
+    """Return a profile. `extending` are the files that extend it, one after the other."""
     path = _FOLDER / f"{name}.yaml"
     if name.endswith((".yaml", ".yml")):
-        path = Path(name)
+        path = folder / name
     elif name not in profile_names():
         raise UnknownNameError(
             "profile of header cleaning", name, profile_names(), hint="; or a YAML file of yours"
         )
+    if path.resolve() in extending:
+        raise RecipeError(f"{path}: extends: the file extends itself, at once or through others")
     content = read_yaml(path)
     if unknown := [key for key in content if key not in _KEYS]:
         raise RecipeError(f"{path}: unknown key {unknown[0]!r}{suggest(unknown[0], _KEYS)}")
     actions: dict[int, Action] = {}
     repeating: dict[str, Action] = {}
     if "extends" in content:
-        base = load_profile(str(content["extends"]))
+        base = _load(str(content["extends"]), path.parent, (*extending, path.resolve()))
         actions |= base.actions
         repeating |= base.repeating
-    for code, names in _listed(content, "actions", path).items():
-        actions |= {_tag(keyword, path): _CODES[code] for keyword in names}
+    for key in ("actions", "additions"):
+        for code, names in _listed(content, key, path).items():
+            actions |= {_tag(keyword, path): _CODES[code] for keyword in names}
     for code, patterns in _listed(content, "repeating", path).items():
         repeating |= {pattern.lower(): _CODES[code] for pattern in patterns}
     kept = content.get("keep", [])
     if not isinstance(kept, list):
         raise RecipeError(f"{path}: keep: expected a list of DICOM keywords")
     actions |= {_tag(str(keyword), path): "K" for keyword in kept}
-    return Profile(name, str(content.get("description", "")), actions, repeating)
+    return Profile(path.stem, str(content.get("description", "")), actions, repeating)
 
 
 def _listed(content: Mapping[str, object], key: str, path: Path) -> Mapping[str, list[str]]:

@@ -237,6 +237,109 @@ def test_several_series_in_one_folder(tmp_path: Path) -> None:
     assert "IM9999 could be a slice, but is not DICOM" in (lost.problem or "")
 
 
+@pytest.mark.parametrize("made", [None, radiographs], ids=["volume", "images"])
+@pytest.mark.parametrize("keyword", ["PatientID", "StudyInstanceUID"])
+def test_a_series_of_two_patients_is_named(
+    tmp_path: Path, made: Change | None, keyword: str
+) -> None:
+    """One SeriesInstanceUID in files of two patients, or of two studies."""
+
+    def change(dataset: Dataset, z: int) -> None:
+        dataset.SeriesInstanceUID = "1.2.3.4"
+        if made is not None:
+            made(dataset, z)
+        if z > 5:
+            setattr(dataset, keyword, "1.2.3.9")
+
+    study(tmp_path / "in", "p", "1", both=change, one=made)
+    problems = {series.place: series.problem for series in index_series(tmp_path / "in").series}
+    assert problems == {
+        "both": "files of several patients or studies under one SeriesInstanceUID",
+        "one": None,
+    }
+
+
+def test_copies_and_links_of_images(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    study(root, "p", "1", dx=radiographs, one=radiographs)
+    (root / "copies").mkdir()
+    for file in sorted((root / "dx").iterdir())[:2]:
+        (root / "copies" / file.name).write_bytes(file.read_bytes())
+    (root / "link.dcm").symlink_to(root / "one" / "IM0000")
+    index = index_series(root)
+    assert index.links == 1 and [series.place for series in index.usable] == ["one"]
+    (copied,) = [series for series in index.series if series.problem]
+    assert copied.problem == "duplicate images: 2 have the SOPInstanceUID of another file"
+    assert "1 links not followed" in convert(root, tmp_path / "o.json", "--prompt", "What?")
+
+
+@pytest.mark.parametrize("element", ["AccessionNumber", "StudyInstanceUID"])
+def test_a_report_of_two_patients_is_given_to_none(tmp_path: Path, element: str) -> None:
+    """Two hospitals count from 1; the third patient has a number of their own."""
+    uid = "1.2.3.4" if element == "StudyInstanceUID" else None
+    study(tmp_path / "in" / "a", "p1", "Canary1", uid=uid, ct=None)
+    study(tmp_path / "in" / "b", "p2", "Canary1", uid=uid, ct=localizer, dx=radiographs)
+    own = study(tmp_path / "in" / "c", "p3", "Canary2", ct=None, mr=None)
+    keys = [uid, own] if uid else ["Canary1", "Canary2"]
+    rows = [[str(key), f"Report {n}."] for n, key in enumerate(keys)]
+    reports = table(tmp_path / "r.csv", [element, "report"], *rows)
+    said = convert(tmp_path / "in", tmp_path / "o.jsonl", "--reports", reports)
+    assert f"2 left out: several patients have its {element}" in said
+    assert "belong to no series" not in said and "1.2.3.4" not in said
+    made = lines(tmp_path / "o.jsonl")
+    assert [one["conversations"][1]["value"] for one in made] == ["Report 1."] * 2
+
+
+def test_a_study_of_two_patients_is_no_record(tmp_path: Path) -> None:
+    study(tmp_path / "in" / "a", "p1", "1", uid="1.2.3.4", ct=None)
+    study(tmp_path / "in" / "b", "p2", "1", uid="1.2.3.4", ct=None)
+    study(tmp_path / "in" / "c", "p3", "1", ct=None)
+    for per, count in (("study", 1), ("largest", 1), ("series", 3)):
+        output = tmp_path / f"{per}.jsonl"
+        said = convert(tmp_path / "in", output, "--prompt", "What?", "--per", per)
+        assert len(lines(output)) == count
+        assert ("1 left out: several patients in one study" in said) == (per != "series")
+
+
+@pytest.mark.parametrize(
+    ("texts", "left_out"),
+    [
+        ({"b": "Text."}, None),
+        ({"a": "Text.", "b": "Text."}, None),
+        ({"a": "Text.", "b": "Other."}, "its series have several reports"),
+        ({"a": "Text.", "b": ""}, "no report"),
+        ({}, "no report"),
+    ],
+)
+def test_the_report_of_a_study_may_be_of_any_series(
+    tmp_path: Path, texts: dict[str, str], left_out: str | None
+) -> None:
+    study(tmp_path / "in", "p", "1", a=None, b=None)
+    study(tmp_path / "in" / "other", "q", "2", c=None)
+    texts = {**texts, "other/c": "Third."}
+    rows = []
+    for name, text in texts.items():
+        file = tmp_path / "in" / name / "IM0000"
+        rows.append([str(pydicom.dcmread(file).SeriesInstanceUID), text])
+    reports = table(tmp_path / "r.csv", ["SeriesInstanceUID", "report"], *rows)
+    said = convert(tmp_path / "in", tmp_path / "o.jsonl", "--reports", reports, "--per", "study")
+    made = [one["conversations"][1]["value"] for one in lines(tmp_path / "o.jsonl")]
+    assert made == (["Text.", "Third."] if left_out is None else ["Third."])
+    assert left_out is None or f"1 left out: {left_out}" in said
+
+
+def test_a_split_without_patients_names_the_command_that_splits(tmp_path: Path) -> None:
+    for name in "abc":
+        study(tmp_path / "in" / name, "" if name == "b" else name, "1", ct=None)
+    arguments = (tmp_path / "in", tmp_path / "o.jsonl", "--prompt", "What?", "--val", "0.3")
+    said = " ".join(convert(*arguments, code=1).split())
+    assert "1 records are of files without PatientID" in said and "--by study" in said
+    assert "allow-missing" not in said
+    done = medm("data", "split", str(tmp_path / "o.jsonl"), "--by", "study", "--val", "0.3",
+                "--root", str(tmp_path / "in"))  # fmt: skip
+    assert done.code == 0, done.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason", "code"),
     [
