@@ -176,9 +176,12 @@ def _routes(
         return Response(status_code=404) if path is None else FileResponse(path)
 
     play = Playground(dict(enumerate(workers)), _names(options.models), sessions, views)
+    page = build_page(play)
+    # gradio takes paths outside of its upload folder until `launch` sets this; mounting does not.
+    page.has_launched = True
     return gradio.mount_gradio_app(
         app,
-        build_page(play),
+        page,
         path="/",
         footer_links=[],
         run_history=False,

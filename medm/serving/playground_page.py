@@ -6,7 +6,7 @@ import html
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import gradio as gr
 from pydantic import ValidationError
@@ -19,8 +19,6 @@ from medm.serving.playground_session import Session, Sessions
 from medm.serving.playground_viewer import FILES, Views, describe, viewer
 from medm.serving.playground_zero_shot import read_labels, score
 from medm.serving.worker import Worker, random_seed
-
-Message: TypeAlias = dict[str, str]
 
 NOTICE = (
     "Not for clinical use. Replies, masks and probabilities can be wrong in every way. Files stay "
@@ -150,20 +148,19 @@ def _chat_section(play: Playground, workers: Mapping[int, Worker]) -> None:
         shown = [viewer(view, f"chat-{number}") for number in workers]
         return [None, _waiting([describe(session.pending)]), *shown]
 
-    def asked(text: str, *given: Any, request: gr.Request) -> Iterator[dict[Any, Any]]:
+    def asked(text: str | None, *values: Any, request: gr.Request) -> Iterator[dict[Any, Any]]:
         session = play.sessions.get(_page(request))
         if session.streams:
             raise _shown_error(MedmError("a reply is being generated; stop it first"))
-        if not text.strip():
+        if text is None or not text.strip():
             raise _shown_error(MedmError("expected a question"))
-        before, values = given[: len(workers)], given[len(workers) :]
         try:
             generation = _generation(*values[:5])
         except ValidationError as error:
             raise _shown_error(MedmError(error.errors()[0]["msg"])) from None
         files = describe(session.pending)
         said = [{"role": "user", "content": f"[{files}]\n{text}" if files else text}]
-        histories = [[*history, *said] for history in before]
+        histories = [[*session.messages.get(number, []), *said] for number in workers]
         yield {question: "", waiting: _waiting([]), **dict(zip(chats, histories, strict=True))}
         task = values[5] or None
         for answers in ask(play.sessions, session, workers, text, generation=generation, task=task):
@@ -173,6 +170,7 @@ def _chat_section(play: Playground, workers: Mapping[int, Worker]) -> None:
                 for history, row in zip(histories, rows, strict=True)
             ]
             lines = [_state(row) for row in rows]
+            session.messages = dict(zip(workers, replies, strict=True))
             yield dict(zip((*chats, *states), (*replies, *lines), strict=True))
         yield from grounded(session, answers)
 
@@ -203,7 +201,7 @@ def _chat_section(play: Playground, workers: Mapping[int, Worker]) -> None:
     }
     upload.upload(added, [upload], [upload, waiting, *viewers], **hidden)
     for trigger in (send.click, question.submit):
-        trigger(_with_request(asked), [question, *chats, *settings], outputs, **hidden)
+        trigger(_with_request(asked), [question, *settings], outputs, **hidden)
     stop.click(stopped, None, None, queue=False, **hidden)
     restart.click(restarted, None, outputs, **hidden)
 

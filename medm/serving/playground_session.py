@@ -16,11 +16,15 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 from medm.serving.errors import ServingError
 from medm.serving.files import FileStore, StoredFile
 from medm.serving.worker import ReplyStream
 from medm.types import Turn
+
+Message: TypeAlias = dict[str, str]
+"""Role and text of a turn, as the page shows it."""
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{24}\.(png|nii\.gz)")
 
@@ -62,6 +66,8 @@ class Session:
     """Conversation with each model, by its number."""
     shown: dict[int, list[StoredFile]] = field(default_factory=dict)
     """Uploads of each conversation, in the order of the prompt."""
+    messages: dict[int, list[Message]] = field(default_factory=dict)
+    """What the page shows of each conversation. The page itself is not asked for it."""
     viewed: dict[str, Path] = field(default_factory=dict)
     """By the id of an upload the file that the viewer shows of it."""
     windows: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -113,7 +119,8 @@ class Sessions:
                 self.store.delete(file.id)
         self.viewer_files.delete([*session.viewed.values(), *session.masks])
         session.files, session.pending, session.masks = [], [], []
-        session.turns, session.shown, session.viewed, session.windows = {}, {}, {}, {}
+        session.turns, session.shown, session.messages = {}, {}, {}
+        session.viewed, session.windows = {}, {}
 
     def close(self, page: str) -> None:
         """Forget a page that is closed."""

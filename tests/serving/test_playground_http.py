@@ -1,0 +1,82 @@
+"""Requests to the page of the playground that no browser sends."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.inference.tiny import save_tiny
+from tests.models.dual_encoder import tiny
+from tests.serving.live import png
+from tests.serving.playground_live import LivePage, live_page
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LivePage]:
+    """A model that replies and a dual encoder."""
+    root = tmp_path_factory.mktemp("playground")
+    dual, processor = tiny.make(tiny.section(tiny.save_tokenizer(root / "tokenizer")))
+    dual.save_pretrained(root / "dual")
+    processor.save_pretrained(root / "dual")
+    with live_page(save_tiny(root / "text"), root / "dual") as live:
+        yield live
+
+
+def ordinary(part: dict[str, Any]) -> Any:
+    """What a browser sends of a component."""
+    kind, props = part["type"], part["props"]
+    return "What is seen?" if props.get("elem_id") == "question" else {
+        "file": None, "chatbot": [], "dropdown": "",
+    }.get(kind, props.get("value"))  # fmt: skip
+
+
+def file_data(path: object) -> dict[str, Any]:
+    return {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+
+
+def kept_by_gradio() -> list[bytes]:
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
+    return [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+
+
+def test_files_of_the_server_cannot_be_read(page: LivePage, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(png())
+    sent = file_data(secret)
+
+    def attack(part: dict[str, Any]) -> Any:
+        if part["type"] == "chatbot":
+            return [{"role": "user", "content": [{"type": "file", "file": sent}]}]
+        return sent if part["type"] in ("file", "textbox") else ordinary(part)
+
+    for number, element in enumerate(("ask", "chat-upload", "zero-shot-upload", "compare")):
+        client = f"attack{number}"
+        assert page.join(client, element, attack).status_code == 200
+        *_, last, closed = page.results(client)
+        assert closed["msg"] == "close_stream"
+        assert last["msg"] == "process_completed" and not last["success"]
+        assert "secret" not in json.dumps(last["output"].get("data", ""))
+    assert secret.exists()
+    assert png() not in kept_by_gradio()
+    assert httpx.get(f"{page.url}/gradio_api/file={secret}").status_code in (403, 404)
+
+
+def test_the_conversation_is_kept_by_the_server(page: LivePage) -> None:
+    config = page.config()
+    chats = {part["id"] for part in config["components"] if part["type"] == "chatbot"}
+    assert chats
+    assert not any(chats & set(event["inputs"]) for event in config["dependencies"])
+    for _ in range(2):
+        assert page.join("kept", "ask", ordinary).status_code == 200
+        assert page.results("kept")[-2]["success"]
+    (messages,) = page.app.sessions.get("kept").messages.values()
+    assert [one["role"] for one in messages] == ["user", "assistant"] * 2
+    assert page.join("kept", "restart", ordinary).status_code == 200
+    assert page.results("kept")[-2]["success"]
+    assert page.app.sessions.get("kept").messages == {}
