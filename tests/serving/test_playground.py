@@ -93,11 +93,29 @@ def test_the_guard_asks_for_a_password(given: str | None, status: int) -> None:
     assert response.headers["content-security-policy"].startswith("default-src 'self'")
 
 
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        (None, 200), ("http://elsewhere.example:7860", 200), ("https://Elsewhere.example:7860", 200),
+        ("https://third.example", 403), ("http://elsewhere.example", 403), ("null", 403),
+        ("http://[", 403),
+    ],
+)  # fmt: skip
+def test_a_password_is_not_used_by_pages_of_others(origin: str | None, status: int) -> None:
+    guard = Guard(PlainTextResponse("page"), Passwords(["anna:long-enough"]))
+    headers = {"authorization": f"Basic {base64.b64encode(b'anna:long-enough').decode()}"}
+    if origin is not None:
+        headers["origin"] = origin
+    client = TestClient(guard, "http://elsewhere.example:7860")
+    assert client.get("/any", headers=headers).status_code == status
+
+
 def test_without_a_password_pages_of_others_are_refused() -> None:
     guard = Guard(PlainTextResponse("page"), None)
     own = TestClient(guard, "http://127.0.0.1:7860")
     assert own.get("/").status_code == 200
     assert own.post("/", headers={"origin": "https://elsewhere.example"}).status_code == 403
+    assert own.get("/", headers={"origin": "http://127.0.0.1:9999"}).status_code == 403
     assert TestClient(guard, "http://elsewhere.example").get("/").status_code == 403
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +83,67 @@ def test_the_conversation_is_kept_by_the_server(page: LivePage) -> None:
     assert page.join("kept", "restart", ordinary).status_code == 200
     assert page.results("kept")[-2]["success"]
     assert page.app.sessions.get("kept").messages == {}
+
+
+@contextmanager
+def other_host() -> Iterator[tuple[str, list[str]]]:
+    """The address of an HTTP server, and the paths that it is asked for."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(png())
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/a.png", asked
+        server.shutdown()
+        thread.join()
+
+
+def test_no_other_host_is_asked(page: LivePage, monkeypatch: pytest.MonkeyPatch) -> None:
+    # gradio refuses addresses of this machine by itself; here it would download them.
+    async def download(url: str, cache_dir: str) -> str:
+        httpx.get(url)
+        return str(Path(cache_dir) / "a.png")
+
+    monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", download)
+    with other_host() as (url, asked):
+        sent = file_data(url)
+        for kind in ("file", "textbox"):
+            for element in ("ask", "chat-upload", "compare"):
+                response = page.join(
+                    "other", element, lambda part: sent if part["type"] == kind else ordinary(part)
+                )
+                if kind == "textbox" and element != "chat-upload":
+                    assert response.status_code == 400
+                    assert response.text == "files of other hosts are not taken"
+        assert page.join("other", "chat-upload", lambda part: sent).status_code == 400
+        quoted = url.replace("/", "%2F").replace(":", "%3A")
+        for path in (
+            f"/gradio_api/file={url}", f"/gradio_api/file%3D{quoted}", f"/gradio_api/file/{url}",
+            f"/gradio_api/proxy={url}", f"/gradio_api/proxy%3D{quoted}", f"/file={url}",
+            f"/gradio_api/file%253D{quoted}", "/gradio_api/deep_link?session_hash=other",
+        ):  # fmt: skip
+            assert httpx.get(page.url + path).status_code == 404, path
+        for path in ("component_server", "run/predict", "api/predict", "call/predict", "stream/1"):
+            response = httpx.post(f"{page.url}/gradio_api/{path}", json={"data": [sent]})
+            assert response.status_code == 404, path
+        assert asked == []
+        assert httpx.get(url).status_code == 200 and asked == ["/a.png"]
+
+
+def test_bodies_of_events_are_limited(page: LivePage) -> None:
+    address = f"{page.url}/gradio_api/queue/join"
+    assert httpx.post(address, content=b"[" * 100_000).status_code == 400
+    assert httpx.post(address, content=b"x").status_code == 400
+    assert httpx.post(address, content=b" " * (2**20 + 1)).status_code == 413
