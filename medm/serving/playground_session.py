@@ -12,8 +12,8 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -78,6 +78,30 @@ class Session:
     """Replies that are being generated."""
     used: float = field(default_factory=time.monotonic)
     """Time of the last request."""
+    closed: bool = False
+    """The page is forgotten: what its events still write is deleted when they end."""
+    _replying: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @contextmanager
+    def replying(self) -> Iterator[None]:
+        """Reply to one question at a time. Raises `ServingError` for a second one."""
+        if not self._replying.acquire(blocking=False):
+            raise ServingError("invalid_value", "a reply is being generated; stop it first")
+        try:
+            yield
+        finally:
+            self._replying.release()
+
+    @contextmanager
+    def writing(self, path: Path) -> Iterator[Path]:
+        """Write a file inside the block, which is deleted with the conversation.
+
+        It is noted at the end: what is noted before it is written may be deleted too early.
+        """
+        try:
+            yield path
+        finally:
+            self.masks.append(path)
 
     def stop(self) -> None:
         """Cancel the running replies, which frees their slots."""
@@ -100,16 +124,40 @@ class Sessions:
         self._lock = threading.Lock()
 
     def get(self, page: str) -> Session:
-        """Return the session of a page, a new one at its first request."""
+        """Return the session of a page, a new one at its first request; its files are kept on."""
+        self.sweep()
+        with self._lock:
+            session = self._open.setdefault(page, Session())
+            session.used = time.monotonic()
+        self.store.keep_on(file.id for file in session.files)
+        return session
+
+    @contextmanager
+    def handling(self, page: str) -> Iterator[Session]:
+        """Give the session of a page to one of its events.
+
+        What the event writes after the page was forgotten is deleted at the end of the block.
+        """
+        session = self.get(page)
+        try:
+            yield session
+        finally:
+            session.used = time.monotonic()
+            if session.closed:
+                self.clear(session)
+
+    def sweep(self) -> None:
+        """Forget the pages without a request for too long, and delete expired files."""
         now = time.monotonic()
         with self._lock:
-            late = [name for name, one in self._open.items() if now - one.used > self.keep_seconds]
-            old = [self._open.pop(name) for name in late if name != page]
-            session = self._open.setdefault(page, Session())
-            session.used = now
-        for one in old:
-            self.clear(one)
-        return session
+            late = [
+                name
+                for name, one in self._open.items()
+                if now - one.used > self.keep_seconds and not one.streams
+            ]
+        for name in late:
+            self.close(name)
+        self.store.sweep()
 
     def clear(self, session: Session) -> None:
         """Forget the conversation of a page and delete its files."""
@@ -127,6 +175,7 @@ class Sessions:
         with self._lock:
             session = self._open.pop(page, None)
         if session is not None:
+            session.closed = True
             self.clear(session)
 
     def close_all(self) -> None:

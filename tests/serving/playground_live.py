@@ -57,15 +57,18 @@ class LivePage:
 
     def results(self, client: str) -> list[dict[str, Any]]:
         """All messages to an open page until its events have ended."""
-        found = []
+        return list(self.messages(client))
+
+    def messages(self, client: str) -> Iterator[dict[str, Any]]:
+        """The same, one by one as they come."""
         address = f"{self.url}/gradio_api/queue/data?session_hash={client}"
         with httpx.stream("GET", address, timeout=60) as response:
             for line in response.iter_lines():
                 if line.startswith("data:"):
-                    found.append(json.loads(line[5:]))
-                    if found[-1]["msg"] == "close_stream":
+                    message = json.loads(line[5:])
+                    yield message
+                    if message["msg"] == "close_stream":
                         break
-        return found
 
 
 @contextmanager

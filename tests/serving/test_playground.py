@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from medm.inference.grounded_text import GroundedText, Phrase
 from medm.inference.options import GenerationOptions
 from medm.inference.segmenter import Grounded, MaskPrediction
 from medm.serving.files import FileStore
-from medm.serving.playground import require_passwords
+from medm.serving.playground import Application, require_passwords, server_of
 from medm.serving.playground_chat import ask
 from medm.serving.playground_guard import Guard, Passwords, read_passwords
 from medm.serving.playground_options import PlaygroundOptions
@@ -176,6 +179,82 @@ def test_a_late_page_is_forgotten(live: Live, sessions: Sessions) -> None:
     assert sessions.get("other") is not session
     assert not file.path.exists()
     assert sessions.get("late") is not session
+
+
+def test_a_page_in_use_keeps_its_files(live: Live, sessions: Sessions) -> None:
+    session = sessions.get("page")
+    file = add(sessions, session, png())
+    file.expires = time.time() + 1
+    assert sessions.get("page") is session
+    assert file.expires > time.time() + 50
+    file.expires = 0
+    sessions.sweep()
+    sessions.get("page")  # a file that is gone is no error
+    assert not file.path.exists()
+
+
+def test_what_an_event_writes_after_its_page_is_closed_is_deleted(
+    live: Live, sessions: Sessions
+) -> None:
+    with sessions.handling("page") as session:
+        sessions.close("page")
+        file = add(sessions, session, png())
+        with session.writing(sessions.viewer_files.new(".png")) as path:
+            path.write_bytes(png())
+    assert not path.exists() and not file.path.exists()
+    with sessions.handling("other") as session:
+        file = add(sessions, session, png())
+        with session.writing(sessions.viewer_files.new(".png")) as path:
+            sessions.clear(session)
+            path.write_bytes(png())
+    assert path.exists() and not file.path.exists()
+    sessions.close("other")
+    assert not path.exists()
+
+
+def test_an_idle_server_deletes_files(live: Live, sessions: Sessions, tmp_path: Path) -> None:
+    guard = Guard(PlainTextResponse("page"), None)
+    app = Application(guard, [], sessions, tmp_path)
+    session = sessions.get("late")
+    file = add(sessions, session, png())
+    (tmp_path / "a").mkdir()
+    old, new = tmp_path / "a" / "old.png", tmp_path / "new.png"
+    for path in (old, new):
+        path.write_bytes(png())
+    server = server_of(app)
+    asyncio.run(server.on_tick(0))
+    assert file.path.exists() and old.exists()
+    session.used -= 61
+    os.utime(old, (time.time() - 61, time.time() - 61))
+    asyncio.run(server.on_tick(1))
+    assert file.path.exists() and old.exists()
+    asyncio.run(server.on_tick(600))
+    assert not file.path.exists() and not old.exists() and new.exists()
+    assert session.closed and sessions.get("late") is not session
+
+
+def test_a_new_conversation_during_a_reply_is_empty(live: Live, sessions: Sessions) -> None:
+    worker, session = live.service.worker, sessions.get("page")
+    file = add(sessions, session, png())
+    steps = ask(
+        sessions, session, {0: worker}, "What?", generation=GenerationOptions(max_new_tokens=300)
+    )
+    next(steps)
+    sessions.clear(session)
+    later = add(sessions, session, png())
+    assert [*steps] == []
+    assert session.turns == {} and session.shown == {} and session.pending == [later]
+    assert live.idle() and not session.streams
+    assert not file.path.exists() and later.path.exists()
+
+
+def test_a_page_has_one_reply_at_a_time() -> None:
+    session = Session()
+    busy = pytest.raises(MedmError, match="a reply is being generated")
+    with session.replying(), busy, session.replying():
+        pass
+    with session.replying():
+        pass
 
 
 def test_masks_of_a_volume_lie_on_its_grid(live: Live, sessions: Sessions, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from medm.serving import playground_page
 from tests.inference.tiny import save_tiny
 from tests.models.dual_encoder import tiny
 from tests.serving.live import png
@@ -111,7 +112,7 @@ def other_host() -> Iterator[tuple[str, list[str]]]:
 
 
 def test_no_other_host_is_asked(page: LivePage, monkeypatch: pytest.MonkeyPatch) -> None:
-    # gradio refuses addresses of this machine by itself; here it would download them.
+    # gradio itself refuses addresses of this machine; so that the test can see it, they are taken.
     async def download(url: str, cache_dir: str) -> str:
         httpx.get(url)
         return str(Path(cache_dir) / "a.png")
@@ -119,15 +120,10 @@ def test_no_other_host_is_asked(page: LivePage, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", download)
     with other_host() as (url, asked):
         sent = file_data(url)
-        for kind in ("file", "textbox"):
-            for element in ("ask", "chat-upload", "compare"):
-                response = page.join(
-                    "other", element, lambda part: sent if part["type"] == kind else ordinary(part)
-                )
-                if kind == "textbox" and element != "chat-upload":
-                    assert response.status_code == 400
-                    assert response.text == "files of other hosts are not taken"
-        assert page.join("other", "chat-upload", lambda part: sent).status_code == 400
+        for element in ("ask", "chat-upload", "zero-shot-upload", "compare"):
+            response = page.join("other", element, lambda part: sent)
+            assert response.status_code == 400
+            assert response.text == "files of other hosts are not taken"
         quoted = url.replace("/", "%2F").replace(":", "%3A")
         for path in (
             f"/gradio_api/file={url}", f"/gradio_api/file%3D{quoted}", f"/gradio_api/file/{url}",
@@ -147,3 +143,42 @@ def test_bodies_of_events_are_limited(page: LivePage) -> None:
     assert httpx.post(address, content=b"[" * 100_000).status_code == 400
     assert httpx.post(address, content=b"x").status_code == 400
     assert httpx.post(address, content=b" " * (2**20 + 1)).status_code == 413
+
+
+def test_a_double_click_asks_once(page: LivePage, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, go_on = threading.Event(), threading.Event()
+    original = playground_page.ask
+
+    def slow(*given: Any, **options: Any) -> Iterator[Any]:
+        started.set()
+        assert go_on.wait(30)
+        yield from original(*given, **options)
+
+    monkeypatch.setattr(playground_page, "ask", slow)
+    first = page.join("double", "ask", ordinary).json()["event_id"]
+    assert started.wait(30)
+    second = page.join("double", "ask", ordinary).json()["event_id"]
+    ends = {}
+    for message in page.messages("double"):
+        if message["msg"] == "process_completed":
+            ends[message["event_id"]] = message
+            go_on.set()
+    assert ends[first]["success"] and not ends[second]["success"]
+    assert "a reply is being generated" in ends[second]["output"]["error"]
+    (turns,) = page.app.sessions.get("double").turns.values()
+    assert len(turns) == 2
+
+
+def test_a_new_conversation_ends_the_reply(page: LivePage, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = playground_page.ask
+
+    def slow(*given: Any, **options: Any) -> Iterator[Any]:
+        for answers in original(*given, **options):
+            yield answers
+            page.app.sessions.clear(page.app.sessions.get("ended"))
+
+    monkeypatch.setattr(playground_page, "ask", slow)
+    page.join("ended", "ask", ordinary)
+    assert page.results("ended")[-2]["success"]
+    session = page.app.sessions.get("ended")
+    assert session.turns == {} and session.messages == {}

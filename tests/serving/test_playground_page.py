@@ -79,7 +79,8 @@ def by_command(model: Path, folder: Path) -> Iterator[str]:
             yield next(line.strip() for line in lines if line.startswith("http://"))
             assert any(folder.glob("medm-*"))
             started.send_signal(signal.SIGTERM)
-            rest, _ = started.communicate(timeout=60)
+            rest = "".join(lines)  # `communicate` would lose what is buffered
+            started.wait(60)
             assert started.returncode == 0, rest
             assert "Not for clinical use" in rest and "Traceback" not in rest
             assert "knee" not in rest
