@@ -31,7 +31,7 @@ from medm.serving.playground_guard import Guard, Passwords, read_passwords
 from medm.serving.playground_options import PlaygroundOptions
 from medm.serving.playground_session import Session, Sessions, ViewerFiles
 from medm.serving.playground_viewer import Views, viewer
-from medm.serving.playground_zero_shot import read_labels
+from medm.serving.playground_zero_shot import read_labels, score
 from tests.imaging.tiny import phantom
 from tests.serving.conftest import LIMITS
 from tests.serving.live import Live, png
@@ -296,6 +296,34 @@ def test_masks_of_a_volume_lie_on_its_grid(live: Live, sessions: Sessions, tmp_p
 
 def test_labels_of_lines() -> None:
     assert read_labels(" a \n\nb\n") == ["a", "b"]
+    assert len(read_labels("\n".join(map(str, range(32))))) == 32
+    for text in ("\n".join(map(str, range(33))), "a\n" + "b" * 501):
+        with pytest.raises(MedmError, match="at most 32 labels of at most 500 characters"):
+            read_labels(text)
     for text in ("", "a", "a\na"):
         with pytest.raises(MedmError, match="two or more different labels"):
             read_labels(text)
+
+
+def test_maps_are_of_pixels_that_a_limited_process_decoded(
+    dual: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decoded_here(*given: object, **options: object) -> None:
+        raise AssertionError("decoded in the process of the server")
+
+    for name in ("read_image", "read_volume"):
+        monkeypatch.setattr(f"medm.imaging.preview.{name}", decoded_here)
+    worker = dual.service.worker
+    asked: list[object] = []
+    original = worker.decoders.pixels
+
+    def pixels(*given: Any, **options: Any) -> np.ndarray:
+        asked.append(given)
+        return original(*given, **options)
+
+    monkeypatch.setattr(worker.decoders, "pixels", pixels)
+    file = dual.service.files.add(io.BytesIO(png()), len(png()))
+    scores = score(worker, file, ["knee", "brain", "chest"], "a scan of {}")
+    dual.service.files.delete(file.id)
+    assert [*scores.maps] == [*scores.probabilities] == ["knee", "brain", "chest"]
+    assert len(asked) == 1
