@@ -172,12 +172,12 @@ def _closed(scope: Scope) -> PlainTextResponse | None:
 
 async def _body(receive: Receive) -> bytes:
     """Return the body of a request, or its first bytes, one more than are taken."""
-    body, more = b"", True
+    body, more = bytearray(), True
     while more and len(body) <= _MAX_BODY:
         message = await receive()
         body += message.get("body", b"")
         more = message.get("more_body", False)
-    return body[: _MAX_BODY + 1]
+    return bytes(body[: _MAX_BODY + 1])
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

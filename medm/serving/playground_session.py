@@ -155,8 +155,9 @@ class Sessions:
                 for name, one in self._open.items()
                 if now - one.used > self.keep_seconds and not one.streams
             ]
-        for name in late:
-            self.close(name)
+            old = [self._open.pop(name) for name in late]
+        for session in old:
+            self._forget(session)
         self.store.sweep()
 
     def clear(self, session: Session) -> None:
@@ -175,8 +176,11 @@ class Sessions:
         with self._lock:
             session = self._open.pop(page, None)
         if session is not None:
-            session.closed = True
-            self.clear(session)
+            self._forget(session)
+
+    def _forget(self, session: Session) -> None:
+        session.closed = True
+        self.clear(session)
 
     def close_all(self) -> None:
         """Forget all pages and delete every file."""
