@@ -93,15 +93,55 @@ def similarity_sheet(
         MediaError: as `load_pixels`.
     """
     shown = _tiles(path, preprocess, slices)
+    return _similarity_sheet(shown.title, shown.tiles, similarity, text, tile)
+
+
+def similarity_sheet_of_pixels(
+    pixels: np.ndarray,
+    preprocess: Preprocess,
+    similarity: np.ndarray,
+    text: str,
+    *,
+    axes: str | None = None,
+    slices: int = 12,
+    tile: int = 384,
+) -> Image.Image:
+    """Return `similarity_sheet` of an image or volume that is prepared already.
+
+    Args:
+        pixels: (C, *spatial) of `medm.imaging.load_pixels`, of an image without tiles.
+        preprocess: the description that `pixels` are made by.
+        similarity: as for `similarity_sheet`.
+        text: what the image is compared with.
+        axes: direction of the patient along each axis of a volume's file, as "SPL"; None if
+            unknown.
+        slices: most slices of a volume that are shown.
+        tile: width of one tile, in pixels.
+    """
+    across = (-1,) + (1,) * (pixels.ndim - 1)
+    mean = np.asarray(preprocess.mean, dtype=np.float32).reshape(across)
+    std = np.asarray(preprocess.std, dtype=np.float32).reshape(across)
+    shown = pixels * std + mean
+    if isinstance(preprocess, ImagePreprocess):
+        tiles = [_image_tile(shown)]
+    else:
+        axes = None if axes is None else preprocess.orientation or axes
+        tiles = _slices(shown, preprocess, axes, slices)
+    return _similarity_sheet([], tiles, similarity, text, tile)
+
+
+def _similarity_sheet(
+    title: Sequence[str], tiles: Sequence[Tile], similarity: np.ndarray, text: str, tile: int
+) -> Image.Image:
     low, high = float(similarity.min()), float(similarity.max())
     planes = (similarity - low) / max(high - low, 1e-12)
     planes = planes if planes.ndim == 3 else planes[None]
     covered = []
-    for one in shown.tiles:
+    for one in tiles:
         plane = planes[min(int(one.depth * len(planes)), len(planes) - 1)]
         covered.append(replace(one, pixels=_covered(one.pixels, plane)))
     scale = f"cosine of each patch alone, {low:.3f} (blue) to {high:.3f} (red)"
-    return draw_sheet([*shown.title, f"text: {text}", scale, _NOTICE], covered, tile)
+    return draw_sheet([*title, f"text: {text}", scale, _NOTICE], covered, tile)
 
 
 def _covered(pixels: np.ndarray, plane: np.ndarray) -> np.ndarray:
@@ -155,7 +195,6 @@ def _image_tiles(path: Path, preprocess: ImagePreprocess) -> _Shown:
     prepared = prepare_image(preprocess, image)
     mean = np.asarray(preprocess.mean, dtype=np.float32)[:, None, None]
     std = np.asarray(preprocess.std, dtype=np.float32)[:, None, None]
-    shown = np.moveaxis(prepared.pixels * std + mean, 0, -1)
     height, width = image.pixels.shape[:2]
     window = image.shown_range(preprocess.window)
     depth = f"window {window[0]:g}..{window[1]:g}" if image.is_deep and window else "8 bits"
@@ -166,8 +205,13 @@ def _image_tiles(path: Path, preprocess: ImagePreprocess) -> _Shown:
         f"{width} x {height}, {depth}, to {preprocess.size[1]} x {preprocess.size[0]} "
         f"({preprocess.fit})" + (f", cut into {items} items" if items > 1 else ""),
     ]
-    tile = Tile(shown[..., 0] if shown.shape[-1] == 1 else shown, "")
-    return _Shown(title, [tile], prepared.placement)
+    return _Shown(title, [_image_tile(prepared.pixels * std + mean)], prepared.placement)
+
+
+def _image_tile(shown: np.ndarray) -> Tile:
+    """Return the tile of an image (C, H, W) in 0..1."""
+    last = np.moveaxis(shown, 0, -1)
+    return Tile(last[..., 0] if last.shape[-1] == 1 else last, "")
 
 
 def _volume_tiles(path: Path, preprocess: VolumePreprocess, slices: int) -> _Shown:
@@ -177,16 +221,7 @@ def _volume_tiles(path: Path, preprocess: VolumePreprocess, slices: int) -> _Sho
     axes = None
     if volume.geometry is not None:
         axes = preprocess.orientation or volume.geometry.axes
-    marks = None if axes is None else marks_of(axes[2], axes[1])
-    windows = preprocess.windows or [default_window(preprocess.scale)]
-    depth = shown.shape[1]
-    # Middles of as many equal parts, so that neither end is over-represented.
-    picked = [int((i + 0.5) * depth / min(slices, depth)) for i in range(min(slices, depth))]
-    tiles = [
-        Tile(shown[channel, z], f"{z + 1}/{depth}  {low:g}..{high:g}", marks, (z + 0.5) / depth)
-        for channel, (low, high) in enumerate(windows)
-        for z in picked
-    ]
+    tiles = _slices(shown, preprocess, axes, slices)
     direction = f"axes {axes}" if axes else "direction unknown, sides not marked"
     sizes = [
         " x ".join(str(length) for length in shape)
@@ -194,3 +229,19 @@ def _volume_tiles(path: Path, preprocess: VolumePreprocess, slices: int) -> _Sho
     ]
     title = [path.name, f"{sizes[0]} voxels ({volume.unit}) to {sizes[1]}, {direction}"]
     return _Shown(title, tiles, prepared.placement)
+
+
+def _slices(
+    shown: np.ndarray, preprocess: VolumePreprocess, axes: str | None, slices: int
+) -> list[Tile]:
+    """Return tiles of a volume (C, D, H, W) in 0..1, with the patient's sides where known."""
+    marks = None if axes is None else marks_of(axes[2], axes[1])
+    windows = preprocess.windows or [default_window(preprocess.scale)]
+    depth = shown.shape[1]
+    # Middles of as many equal parts, so that neither end is over-represented.
+    picked = [int((i + 0.5) * depth / min(slices, depth)) for i in range(min(slices, depth))]
+    return [
+        Tile(shown[channel, z], f"{z + 1}/{depth}  {low:g}..{high:g}", marks, (z + 0.5) / depth)
+        for channel, (low, high) in enumerate(windows)
+        for z in picked
+    ]

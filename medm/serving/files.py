@@ -190,6 +190,14 @@ class FileStore:
             )
         return self._files[name]
 
+    def keep_on(self, names: Iterable[str]) -> None:
+        """Let files expire as if they were uploaded now; those that are gone are left out."""
+        expires = time.time() + self.keep_seconds
+        with self._lock:
+            for name in names:
+                if name in self._files:
+                    self._files[name].expires = expires
+
     def delete(self, name: str) -> None:
         """Delete a file, at once or when nothing uses it any more. Raises `ServingError`."""
         file = self.get(name)

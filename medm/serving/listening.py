@@ -15,6 +15,9 @@ from medm.serving.errors import ServingError
 OWN_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 """Names of this machine that no other machine can reach."""
 
+SWEEP_TICKS = 600
+"""Ticks, a tenth of a second each, between two searches for expired files."""
+
 _BACKLOG = 2048
 
 

@@ -12,8 +12,9 @@ import logging
 import os
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -24,7 +25,7 @@ from starlette.staticfiles import StaticFiles
 
 from medm.errors import MedmError
 from medm.serving.files import FileStore
-from medm.serving.listening import OWN_HOSTS, listen, quiet_config, url_of
+from medm.serving.listening import OWN_HOSTS, SWEEP_TICKS, listen, quiet_config, url_of
 from medm.serving.playground_guard import Guard, Passwords, read_passwords
 from medm.serving.playground_options import PlaygroundOptions
 from medm.serving.playground_session import Sessions, ViewerFiles
@@ -92,10 +93,17 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: Application) -> None:
         super().__init__(quiet_config(app.guard, timeout_graceful_shutdown=_CLOSE_SECONDS))
+        self.app = app
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take a signal. It is not raised again: files are deleted after the server has ended."""
         self.should_exit, self.force_exit = True, self.should_exit
+
+    async def on_tick(self, counter: int) -> bool:
+        """Delete expired files from time to time: they go even if no request comes."""
+        if counter % SWEEP_TICKS == 0:
+            self.app.sweep()
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the connections. Those of open pages are cut, which is no error to report."""
@@ -114,10 +122,23 @@ class Application:
         guard: the page (ASGI).
         workers: its models, ready.
         sessions: its open pages.
+        uploads: folder of gradio, where an upload lies until the page adds it.
     """
 
-    def __init__(self, guard: Guard, workers: Sequence[Worker], sessions: Sessions) -> None:
+    def __init__(
+        self, guard: Guard, workers: Sequence[Worker], sessions: Sessions, uploads: Path
+    ) -> None:
         self.guard, self.workers, self.sessions = guard, workers, sessions
+        self.uploads = uploads
+
+    def sweep(self) -> None:
+        """Delete what belongs to pages without a request, and uploads that no page added."""
+        self.sessions.sweep()
+        oldest = time.time() - self.sessions.keep_seconds
+        for path in self.uploads.rglob("*"):
+            with suppress(OSError):  # added by a page meanwhile
+                if path.is_file() and path.stat().st_mtime < oldest:
+                    path.unlink()
 
 
 def server_of(app: Application) -> Server:
@@ -156,7 +177,7 @@ def application(
         sessions = Sessions(store, files, keep_seconds=keep)
         stack.callback(sessions.close_all)
         app = _routes(options, workers, sessions, Views(decoders, files))
-        yield Application(Guard(app, passwords), workers, sessions)
+        yield Application(Guard(app, passwords), workers, sessions, Path(uploads))
 
 
 def _routes(
@@ -176,9 +197,12 @@ def _routes(
         return Response(status_code=404) if path is None else FileResponse(path)
 
     play = Playground(dict(enumerate(workers)), _names(options.models), sessions, views)
+    page = build_page(play)
+    # gradio takes paths outside of its upload folder until `launch` sets this; mounting does not.
+    page.has_launched = True
     return gradio.mount_gradio_app(
         app,
-        build_page(play),
+        page,
         path="/",
         footer_links=[],
         run_history=False,

@@ -56,7 +56,8 @@ def ask(
 ) -> Iterator[dict[int, Answer]]:
     """Yield the replies to one question, by the number of the model, as they grow.
 
-    Turns are kept for each model that replies. Leaving the loop early cancels all replies.
+    Turns are kept for each model that replies. Leaving the loop early cancels all replies. Where
+    the conversation is forgotten meanwhile, the loop ends and nothing is kept.
 
     Args:
         sessions: hold the uploads.
@@ -66,6 +67,7 @@ def ask(
         generation: settings, the longest reply included.
         task: kind of task, for models whose experts are chosen by it.
     """
+    conversation = session.turns  # another object once the conversation was forgotten
     content: list[TurnPart] = []
     for file in session.pending:
         content += [Media(file.kind), "\n"]
@@ -86,7 +88,7 @@ def ask(
             def listen(event: ReplyEvent, number: int = number) -> None:
                 events.put((number, event))
 
-            turns = [*session.turns.get(number, []), turn]
+            turns = [*conversation.get(number, []), turn]
             try:
                 stream = worker.submit(
                     turns,
@@ -104,11 +106,15 @@ def ask(
             stack.callback(session.streams.remove, stream)
         yield answers
         for _ in _collect(events, answers):
+            if session.turns is not conversation:
+                return
             yield answers
+        if session.turns is not conversation:
+            return
         for number, answer in answers.items():
             if answer.end is not None and answer.error is None:
                 reply = Turn("assistant", _parts(workers[number], answer.end))
-                session.turns.setdefault(number, []).extend((turn, reply))
+                conversation.setdefault(number, []).extend((turn, reply))
                 session.shown[number] = shown[number]
         if any(answer.error is None for answer in answers.values()):
             session.pending = []

@@ -1,6 +1,8 @@
-"""What every request of the playground passes first: host, password; and what its pages may load.
+"""What every request of the playground passes first: host, origin, password, path and body.
 
 The content security policy keeps a page from asking any other host, whatever its parts try.
+gradio's routes that a page does not need are closed: some send files of the server, or ask other
+hosts in the name of a page.
 """
 
 from __future__ import annotations
@@ -9,7 +11,10 @@ import base64
 import binascii
 import hashlib
 import hmac
+import json
+import re
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
@@ -37,6 +42,15 @@ _HEADERS = {
     "x-dns-prefetch-control": "off",
     "x-medm-notice": "Not for clinical use",
 }
+
+
+_POSTED = re.compile(r"/gradio_api/(queue/join|cancel|reset|upload)/?")
+"""Paths that take what a page sends."""
+_UPLOAD = re.compile(r"/gradio_api/upload/?")
+_CLOSED = re.compile(r"/(file|proxy)=|/gradio_api/(file/|deep_link|stream/)")
+"""Paths that give files of gradio's folders, or anything of another host."""
+_MAX_BODY = 2**20
+"""Bytes of an event; uploads have a path of their own."""
 
 
 class Passwords:
@@ -115,7 +129,10 @@ class Guard:
                 message["headers"] = headers.raw
             await send(message)
 
-        refusal = self._refusal(Headers(scope=scope))
+        refusal = self._refusal(Headers(scope=scope)) or _closed(scope)
+        if refusal is None and scope["method"] == "POST" and not _UPLOAD.fullmatch(scope["path"]):
+            body = await _body(receive)
+            refusal, receive = _refused_body(body), _replay(body, receive)
         await (refusal or self.app)(scope, receive, send_guarded)
 
     def _refusal(self, headers: Headers) -> PlainTextResponse | None:
@@ -128,4 +145,69 @@ class Guard:
         elif not self.passwords.fits(headers.get("authorization")):
             asked = {"www-authenticate": 'Basic realm="medm playground", charset="UTF-8"'}
             return PlainTextResponse("user and password are needed", 401, headers=asked)
+        origin = headers.get("origin")
+        if origin is not None and _netloc(origin) != headers.get("host", "").lower():
+            # Browsers send passwords with requests of pages of any site.
+            return PlainTextResponse("the header Origin names another site", 403)
         return None
+
+
+def _netloc(origin: str) -> str:
+    """Return host and port of an origin; "" where it has none."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return ""
+
+
+def _closed(scope: Scope) -> PlainTextResponse | None:
+    """Return the response to a path that no page needs."""
+    path = scope["path"]
+    if scope["method"] in ("GET", "HEAD"):
+        is_open = not (_CLOSED.search(path) or _CLOSED.search(unquote(path)))
+    else:
+        is_open = scope["method"] == "POST" and _POSTED.fullmatch(path) is not None
+    return None if is_open else PlainTextResponse("not found", 404)
+
+
+async def _body(receive: Receive) -> bytes:
+    """Return the body of a request, or its first bytes, one more than are taken."""
+    body, more = bytearray(), True
+    while more and len(body) <= _MAX_BODY:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    return bytes(body[: _MAX_BODY + 1])
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Return what gives a body once, and then what comes after it."""
+    left: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return left.pop() if left else await receive()
+
+    return replay
+
+
+def _refused_body(body: bytes) -> PlainTextResponse | None:
+    """Return the response to an event that is too large, or names files of other hosts."""
+    if len(body) > _MAX_BODY:
+        return PlainTextResponse(f"expected an event of at most {_MAX_BODY} bytes", 413)
+    try:
+        sent = [json.loads(body)]
+    except (ValueError, RecursionError):
+        return PlainTextResponse("expected JSON", 400)
+    while sent:
+        one = sent.pop()
+        if isinstance(one, dict):
+            if _is_address(one.get("path")):  # gradio downloads it
+                return PlainTextResponse("files of other hosts are not taken", 400)
+            sent += one.values()
+        elif isinstance(one, list):
+            sent += one
+    return None
+
+
+def _is_address(path: object) -> bool:
+    return isinstance(path, str) and path.strip().lower().startswith(("http:", "https:"))

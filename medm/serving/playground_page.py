@@ -6,7 +6,7 @@ import html
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import gradio as gr
 from pydantic import ValidationError
@@ -17,10 +17,8 @@ from medm.serving.file_types import TAKEN
 from medm.serving.playground_chat import Answer, ask
 from medm.serving.playground_session import Session, Sessions
 from medm.serving.playground_viewer import FILES, Views, describe, viewer
-from medm.serving.playground_zero_shot import read_labels, score
+from medm.serving.playground_zero_shot import Scores, read_labels, score
 from medm.serving.worker import Worker, random_seed
-
-Message: TypeAlias = dict[str, str]
 
 NOTICE = (
     "Not for clinical use. Replies, masks and probabilities can be wrong in every way. Files stay "
@@ -141,51 +139,54 @@ def _chat_section(play: Playground, workers: Mapping[int, Worker]) -> None:
     outputs = [question, waiting, *viewers, *chats, *states]
 
     def added(path: str | None, request: gr.Request) -> list[Any]:
-        session = play.sessions.get(_page(request))
-        try:
-            _add(play, session, path)
-            view = _view(play, session)
-        except MedmError as error:
-            raise _shown_error(error) from None
+        with play.sessions.handling(_page(request)) as session:
+            try:
+                _add(play, session, path)
+                view = _view(play, session)
+            except MedmError as error:
+                raise _shown_error(error) from None
         shown = [viewer(view, f"chat-{number}") for number in workers]
         return [None, _waiting([describe(session.pending)]), *shown]
 
-    def asked(text: str, *given: Any, request: gr.Request) -> Iterator[dict[Any, Any]]:
-        session = play.sessions.get(_page(request))
-        if session.streams:
-            raise _shown_error(MedmError("a reply is being generated; stop it first"))
+    def asked(text: str | None, *values: Any, request: gr.Request) -> Iterator[dict[Any, Any]]:
+        with play.sessions.handling(_page(request)) as session:
+            try:
+                with session.replying():
+                    yield from replies(session, text or "", values)
+            except ValidationError as error:
+                raise _shown_error(MedmError(error.errors()[0]["msg"])) from None
+            except MedmError as error:
+                raise _shown_error(error) from None
+
+    def replies(session: Session, text: str, values: Sequence[Any]) -> Iterator[dict[Any, Any]]:
         if not text.strip():
-            raise _shown_error(MedmError("expected a question"))
-        before, values = given[: len(workers)], given[len(workers) :]
-        try:
-            generation = _generation(*values[:5])
-        except ValidationError as error:
-            raise _shown_error(MedmError(error.errors()[0]["msg"])) from None
+            raise MedmError("expected a question")
+        generation = _generation(*values[:5])
+        conversation = session.turns
         files = describe(session.pending)
         said = [{"role": "user", "content": f"[{files}]\n{text}" if files else text}]
-        histories = [[*history, *said] for history in before]
+        histories = [[*session.messages.get(number, []), *said] for number in workers]
         yield {question: "", waiting: _waiting([]), **dict(zip(chats, histories, strict=True))}
         task = values[5] or None
         for answers in ask(play.sessions, session, workers, text, generation=generation, task=task):
+            if session.turns is not conversation:
+                return
             rows = [answers[number] for number in workers]
-            replies = [
+            shown = [
                 [*history, {"role": "assistant", "content": row.text}] if row.text else history
                 for history, row in zip(histories, rows, strict=True)
             ]
             lines = [_state(row) for row in rows]
-            yield dict(zip((*chats, *states), (*replies, *lines), strict=True))
-        yield from grounded(session, answers)
-
-    def grounded(session: Session, answers: Mapping[int, Answer]) -> Iterator[dict[Any, Any]]:
+            session.messages = dict(zip(workers, shown, strict=True))
+            yield dict(zip((*chats, *states), (*shown, *lines), strict=True))
         for place, number in enumerate(workers):
             found = answers[number].grounded
+            if session.turns is not conversation:
+                return
             if found is None:
                 continue
-            try:
-                view = play.views.of_masks(session, session.shown[number], found)
-            except MedmError as error:
-                raise _shown_error(error) from None
-            if view is not None:
+            view = play.views.of_masks(session, session.shown[number], found)
+            if view is not None and session.turns is conversation:
                 yield {viewers[place]: viewer(view, f"chat-{number}")}
 
     def stopped(request: gr.Request) -> None:
@@ -203,7 +204,7 @@ def _chat_section(play: Playground, workers: Mapping[int, Worker]) -> None:
     }
     upload.upload(added, [upload], [upload, waiting, *viewers], **hidden)
     for trigger in (send.click, question.submit):
-        trigger(_with_request(asked), [question, *chats, *settings], outputs, **hidden)
+        trigger(_with_request(asked), [question, *settings], outputs, **hidden)
     stop.click(stopped, None, None, queue=False, **hidden)
     restart.click(restarted, None, outputs, **hidden)
 
@@ -306,34 +307,25 @@ def _zero_shot_section(play: Playground, workers: Mapping[int, Worker]) -> None:
                 maps.append(gr.HTML(elem_id=f"maps-{number}"))
 
     def added(path: str | None, request: gr.Request) -> list[Any]:
-        session = play.sessions.get(_page(request))
-        try:
-            _add(play, session, path)
-            view = _view(play, session)
-        except MedmError as error:
-            raise _shown_error(error) from None
+        with play.sessions.handling(_page(request)) as session:
+            try:
+                _add(play, session, path)
+                view = _view(play, session)
+            except MedmError as error:
+                raise _shown_error(error) from None
         return [None, viewer(view, "zero-shot")]
 
     def compared(lines: str, sentence: str, request: gr.Request) -> list[Any]:
-        session = play.sessions.get(_page(request))
-        try:
-            if not session.files:
-                raise MedmError("expected an image or volume; add one first")
-            wanted = read_labels(lines)
-            with play.sessions.store.using([session.files[-1].id]) as (file,):
-                found = [score(worker, file, wanted, sentence) for worker in workers.values()]
-        except MedmError as error:
-            raise _shown_error(error) from None
-        pages = []
-        for one in found:
-            parts = [f'<div class="medm-state">{html.escape(one.note)}</div>'] if one.note else []
-            for label, sheet in one.maps.items():
-                path = play.sessions.viewer_files.new(".png")
-                sheet.save(path, "PNG")
-                session.masks.append(path)
-                words = html.escape(f"Similarity to: {label}", quote=True)
-                parts.append(f'<img src="{FILES}/{path.name}" alt="{words}">')
-            pages.append(f'<div class="medm-maps">{"".join(parts)}</div>')
+        with play.sessions.handling(_page(request)) as session:
+            try:
+                if not session.files:
+                    raise MedmError("expected an image or volume; add one first")
+                wanted = read_labels(lines)
+                with play.sessions.store.using([session.files[-1].id]) as (file,):
+                    found = [score(worker, file, wanted, sentence) for worker in workers.values()]
+            except MedmError as error:
+                raise _shown_error(error) from None
+            pages = [_maps(play, session, one) for one in found]
         return [*(one.probabilities for one in found), *pages]
 
     hidden: Any = {
@@ -343,3 +335,14 @@ def _zero_shot_section(play: Playground, workers: Mapping[int, Worker]) -> None:
     }
     upload.upload(added, [upload], [upload, shown], **hidden)
     send.click(compared, [labels, template], [*bars, *maps], **hidden)
+
+
+def _maps(play: Playground, session: Session, scores: Scores) -> str:
+    """Write the maps of similarity to files of the page; return the elements that show them."""
+    parts = [f'<div class="medm-state">{html.escape(scores.note)}</div>'] if scores.note else []
+    for label, sheet in scores.maps.items():
+        with session.writing(play.sessions.viewer_files.new(".png")) as path:
+            sheet.save(path, "PNG")
+        words = html.escape(f"Similarity to: {label}", quote=True)
+        parts.append(f'<img src="{FILES}/{path.name}" alt="{words}">')
+    return f'<div class="medm-maps">{"".join(parts)}</div>'

@@ -12,15 +12,19 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 from medm.serving.errors import ServingError
 from medm.serving.files import FileStore, StoredFile
 from medm.serving.worker import ReplyStream
 from medm.types import Turn
+
+Message: TypeAlias = dict[str, str]
+"""Role and text of a turn, as the page shows it."""
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{24}\.(png|nii\.gz)")
 
@@ -62,6 +66,8 @@ class Session:
     """Conversation with each model, by its number."""
     shown: dict[int, list[StoredFile]] = field(default_factory=dict)
     """Uploads of each conversation, in the order of the prompt."""
+    messages: dict[int, list[Message]] = field(default_factory=dict)
+    """What the page shows of each conversation. The page itself is not asked for it."""
     viewed: dict[str, Path] = field(default_factory=dict)
     """By the id of an upload the file that the viewer shows of it."""
     windows: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -72,6 +78,30 @@ class Session:
     """Replies that are being generated."""
     used: float = field(default_factory=time.monotonic)
     """Time of the last request."""
+    closed: bool = False
+    """The page is forgotten: what its events still write is deleted when they end."""
+    _replying: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @contextmanager
+    def replying(self) -> Iterator[None]:
+        """Reply to one question at a time. Raises `ServingError` for a second one."""
+        if not self._replying.acquire(blocking=False):
+            raise ServingError("invalid_value", "a reply is being generated; stop it first")
+        try:
+            yield
+        finally:
+            self._replying.release()
+
+    @contextmanager
+    def writing(self, path: Path) -> Iterator[Path]:
+        """Write a file inside the block, which is deleted with the conversation.
+
+        It is noted at the end: what is noted before it is written may be deleted too early.
+        """
+        try:
+            yield path
+        finally:
+            self.masks.append(path)
 
     def stop(self) -> None:
         """Cancel the running replies, which frees their slots."""
@@ -94,16 +124,41 @@ class Sessions:
         self._lock = threading.Lock()
 
     def get(self, page: str) -> Session:
-        """Return the session of a page, a new one at its first request."""
+        """Return the session of a page, a new one at its first request; its files are kept on."""
+        self.sweep()
+        with self._lock:
+            session = self._open.setdefault(page, Session())
+            session.used = time.monotonic()
+        self.store.keep_on(file.id for file in session.files)
+        return session
+
+    @contextmanager
+    def handling(self, page: str) -> Iterator[Session]:
+        """Give the session of a page to one of its events.
+
+        What the event writes after the page was forgotten is deleted at the end of the block.
+        """
+        session = self.get(page)
+        try:
+            yield session
+        finally:
+            session.used = time.monotonic()
+            if session.closed:
+                self.clear(session)
+
+    def sweep(self) -> None:
+        """Forget the pages without a request for too long, and delete expired files."""
         now = time.monotonic()
         with self._lock:
-            late = [name for name, one in self._open.items() if now - one.used > self.keep_seconds]
-            old = [self._open.pop(name) for name in late if name != page]
-            session = self._open.setdefault(page, Session())
-            session.used = now
-        for one in old:
-            self.clear(one)
-        return session
+            late = [
+                name
+                for name, one in self._open.items()
+                if now - one.used > self.keep_seconds and not one.streams
+            ]
+            old = [self._open.pop(name) for name in late]
+        for session in old:
+            self._forget(session)
+        self.store.sweep()
 
     def clear(self, session: Session) -> None:
         """Forget the conversation of a page and delete its files."""
@@ -113,14 +168,19 @@ class Sessions:
                 self.store.delete(file.id)
         self.viewer_files.delete([*session.viewed.values(), *session.masks])
         session.files, session.pending, session.masks = [], [], []
-        session.turns, session.shown, session.viewed, session.windows = {}, {}, {}, {}
+        session.turns, session.shown, session.messages = {}, {}, {}
+        session.viewed, session.windows = {}, {}
 
     def close(self, page: str) -> None:
         """Forget a page that is closed."""
         with self._lock:
             session = self._open.pop(page, None)
         if session is not None:
-            self.clear(session)
+            self._forget(session)
+
+    def _forget(self, session: Session) -> None:
+        session.closed = True
+        self.clear(session)
 
     def close_all(self) -> None:
         """Forget all pages and delete every file."""

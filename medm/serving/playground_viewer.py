@@ -82,22 +82,17 @@ class Views:
         view["findings"] = [_finding(mask, number) for number, mask in enumerate(masks)]
         if file.kind == "image":
             for mask, finding in zip(masks, view["findings"], strict=True):
-                path = self._new(session, ".png")
-                _colored(mask.mask, finding["color"]).save(path, "PNG")
+                with session.writing(self.files.new(".png")) as path:
+                    _colored(mask.mask, finding["color"]).save(path, "PNG")
                 finding["url"] = _url(path)
         else:
-            path = self._new(session, ".nii.gz")
             labels = np.zeros(last.placement.source_shape, np.uint16)
             for label, mask in enumerate(masks, start=1):
                 labels[mask.mask] = label
-            write_label_map(path, labels, last.placement)
+            with session.writing(self.files.new(".nii.gz")) as path:
+                write_label_map(path, labels, last.placement)
             view["labels"] = _url(path)
         return view
-
-    def _new(self, session: Session, suffix: str) -> Path:
-        path = self.files.new(suffix)
-        session.masks.append(path)
-        return path
 
     def _image(self, session: Session, file: StoredFile) -> JsonObject:
         height, width = file.form.shape

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
 from medm.errors import RecipeError
-from medm.imaging.preview import similarity_sheet
+from medm.imaging.options import ImagePreprocess
+from medm.imaging.preview import similarity_sheet_of_pixels
+from medm.imaging.tiles import whole_image
 from medm.inference.zero_shot import class_vectors
 from medm.serving.errors import ServingError
 from medm.serving.files import StoredFile
 from medm.serving.worker import Worker
+
+_MAX_LABELS = 32
+"""Each of them is encoded, and has a map."""
+_MAX_LENGTH = 500
+"""Characters of a label."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +41,11 @@ def read_labels(text: str) -> list[str]:
     labels = [line.strip() for line in text.splitlines() if line.strip()]
     if len(labels) < 2 or len(set(labels)) != len(labels):
         raise ServingError("invalid_value", "expected two or more different labels, one a line")
+    if len(labels) > _MAX_LABELS or any(len(label) > _MAX_LENGTH for label in labels):
+        raise ServingError(
+            "invalid_value",
+            f"expected at most {_MAX_LABELS} labels of at most {_MAX_LENGTH} characters each",
+        )
     return labels
 
 
@@ -51,7 +62,8 @@ def score(worker: Worker, file: StoredFile, labels: Sequence[str], template: str
         ServingError: the file or the template cannot be used.
     """
     worker.require_ready("dual-encoder")
-    pixels = torch.from_numpy(np.stack([worker.pixels(file.kind, file.path)]))
+    decoded = worker.pixels(file.kind, file.path)
+    pixels = torch.from_numpy(np.stack([decoded]))
     embedder = worker.embedder
     assert embedder is not None
 
@@ -70,7 +82,11 @@ def score(worker: Worker, file: StoredFile, labels: Sequence[str], template: str
     maps: dict[str, Image.Image] = {}
     if similarity is not None:
         preprocess = embedder.processor.preprocess[embedder.branch]
-        path = Path(file.path)
+        if isinstance(preprocess, ImagePreprocess) and preprocess.tiles is not None:
+            preprocess = whole_image(preprocess, file.form.shape)
+            decoded = worker.decoders.pixels(file.path, preprocess)
         for place, label in enumerate(labels):
-            maps[label] = similarity_sheet(path, preprocess, similarity[place], label)
+            maps[label] = similarity_sheet_of_pixels(
+                decoded, preprocess, similarity[place], label, axes=file.form.axes
+            )
     return Scores(dict(zip(labels, found, strict=True)), maps, note)

@@ -17,15 +17,13 @@ except ImportError:  # not on every system
 from medm.errors import MedmError
 from medm.serving.app import build_app
 from medm.serving.limits import KEY_VARIABLE, Gate, read_api_key
-from medm.serving.listening import OWN_HOSTS, listen, quiet_config, url_of
+from medm.serving.listening import OWN_HOSTS, SWEEP_TICKS, listen, quiet_config, url_of
 from medm.serving.options import ServeOptions
 from medm.serving.service import Service
 
 logger = logging.getLogger(__name__)
 
 _KEEP_ALIVE_SECONDS = 15
-_SWEEP_TICKS = 600
-"""Ticks, a tenth of a second each, between two searches for expired files."""
 _CLOSE_SECONDS = 5
 """For connections that do not close after their requests were ended."""
 
@@ -70,7 +68,7 @@ class Server(uvicorn.Server):
             if late:
                 logger.warning("ended with %d requests open", worker.open)
             self.should_exit = late or not (worker.open or jobs.open or self.gate.bodies)
-        if counter % _SWEEP_TICKS == 0:  # files of patients go even if no request comes
+        if counter % SWEEP_TICKS == 0:  # files of patients go even if no request comes
             self.service.sweep()
         return await super().on_tick(counter)
 

@@ -103,8 +103,9 @@ def test_heatmaps_are_images_that_say_what_they_are_of(root: Path, tmp_path: Pat
 
 
 def test_a_heatmap_is_red_where_the_similarity_is_highest(tmp_path: Path) -> None:
+    from medm.imaging import load_pixels
     from medm.imaging.options import ImagePreprocess, VolumePreprocess
-    from medm.imaging.preview import _covered, similarity_sheet
+    from medm.imaging.preview import _covered, similarity_sheet, similarity_sheet_of_pixels
 
     covered = _covered(np.zeros((40, 40)), np.array([[0.0, 0.5], [0.25, 1.0]]))
     top, bottom = covered[2, 2], covered[-3, -3]
@@ -121,6 +122,25 @@ def test_a_heatmap_is_red_where_the_similarity_is_highest(tmp_path: Path) -> Non
     )  # fmt: skip
     assert flat.size[0] >= 64
     assert deep.size[1] > flat.size[1]
+
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (32, 48, 3), np.uint8)).save(tmp_path / "a.png")
+    np.save(tmp_path / "v.npy", rng.normal(size=(8, 16, 16)).astype(np.float32))
+    for name, preprocess, similarity in (
+        ("a.png", ImagePreprocess(size=[16, 16]), np.eye(2)),
+        ("v.npy", VolumePreprocess(size=[8, 16, 16], scale="minmax", mean=[0.2], std=[0.3]),
+         np.arange(8.0).reshape(2, 2, 2)),
+    ):  # fmt: skip
+        path = tmp_path / name
+        of_file = similarity_sheet(path, preprocess, similarity, "x", tile=64)
+        pixels = load_pixels(path, preprocess)
+        of_pixels = similarity_sheet_of_pixels(pixels, preprocess, similarity, "x", tile=64)
+        lines = of_file.size[1] - of_pixels.size[1]
+        assert lines > 0  # name and size of the file
+        width = of_pixels.size[0]  # that of a file has a wider title
+        same = [np.asarray(one).astype(int)[-60:, :width] for one in (of_pixels, of_file)]
+        np.testing.assert_allclose(*same, atol=1)
+        assert same[0].std() > 10
 
 
 def test_a_folder_becomes_an_archive_of_ids_and_vectors(

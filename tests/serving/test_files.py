@@ -238,7 +238,7 @@ def test_expired_files_go_though_no_request_comes(
     store: FileStore = live.service.files
     file = store.add(io.BytesIO(png()), len(png()))
     file.expires = time.time() - 1
-    monkeypatch.setattr(server, "_SWEEP_TICKS", 1)
+    monkeypatch.setattr(server, "SWEEP_TICKS", 1)
     end = time.monotonic() + 20
     while file.path.exists() and time.monotonic() < end:
         time.sleep(0.02)

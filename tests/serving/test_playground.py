@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,13 +25,13 @@ from medm.inference.grounded_text import GroundedText, Phrase
 from medm.inference.options import GenerationOptions
 from medm.inference.segmenter import Grounded, MaskPrediction
 from medm.serving.files import FileStore
-from medm.serving.playground import require_passwords
+from medm.serving.playground import Application, require_passwords, server_of
 from medm.serving.playground_chat import ask
 from medm.serving.playground_guard import Guard, Passwords, read_passwords
 from medm.serving.playground_options import PlaygroundOptions
 from medm.serving.playground_session import Session, Sessions, ViewerFiles
 from medm.serving.playground_viewer import Views, viewer
-from medm.serving.playground_zero_shot import read_labels
+from medm.serving.playground_zero_shot import read_labels, score
 from tests.imaging.tiny import phantom
 from tests.serving.conftest import LIMITS
 from tests.serving.live import Live, png
@@ -93,11 +96,29 @@ def test_the_guard_asks_for_a_password(given: str | None, status: int) -> None:
     assert response.headers["content-security-policy"].startswith("default-src 'self'")
 
 
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        (None, 200), ("http://elsewhere.example:7860", 200), ("https://Elsewhere.example:7860", 200),
+        ("https://third.example", 403), ("http://elsewhere.example", 403), ("null", 403),
+        ("http://[", 403),
+    ],
+)  # fmt: skip
+def test_a_password_is_not_used_by_pages_of_others(origin: str | None, status: int) -> None:
+    guard = Guard(PlainTextResponse("page"), Passwords(["anna:long-enough"]))
+    headers = {"authorization": f"Basic {base64.b64encode(b'anna:long-enough').decode()}"}
+    if origin is not None:
+        headers["origin"] = origin
+    client = TestClient(guard, "http://elsewhere.example:7860")
+    assert client.get("/any", headers=headers).status_code == status
+
+
 def test_without_a_password_pages_of_others_are_refused() -> None:
     guard = Guard(PlainTextResponse("page"), None)
     own = TestClient(guard, "http://127.0.0.1:7860")
     assert own.get("/").status_code == 200
     assert own.post("/", headers={"origin": "https://elsewhere.example"}).status_code == 403
+    assert own.get("/", headers={"origin": "http://127.0.0.1:9999"}).status_code == 403
     assert TestClient(guard, "http://elsewhere.example").get("/").status_code == 403
 
 
@@ -160,6 +181,82 @@ def test_a_late_page_is_forgotten(live: Live, sessions: Sessions) -> None:
     assert sessions.get("late") is not session
 
 
+def test_a_page_in_use_keeps_its_files(live: Live, sessions: Sessions) -> None:
+    session = sessions.get("page")
+    file = add(sessions, session, png())
+    file.expires = time.time() + 1
+    assert sessions.get("page") is session
+    assert file.expires > time.time() + 50
+    file.expires = 0
+    sessions.sweep()
+    sessions.get("page")  # a file that is gone is no error
+    assert not file.path.exists()
+
+
+def test_what_an_event_writes_after_its_page_is_closed_is_deleted(
+    live: Live, sessions: Sessions
+) -> None:
+    with sessions.handling("page") as session:
+        sessions.close("page")
+        file = add(sessions, session, png())
+        with session.writing(sessions.viewer_files.new(".png")) as path:
+            path.write_bytes(png())
+    assert not path.exists() and not file.path.exists()
+    with sessions.handling("other") as session:
+        file = add(sessions, session, png())
+        with session.writing(sessions.viewer_files.new(".png")) as path:
+            sessions.clear(session)
+            path.write_bytes(png())
+    assert path.exists() and not file.path.exists()
+    sessions.close("other")
+    assert not path.exists()
+
+
+def test_an_idle_server_deletes_files(live: Live, sessions: Sessions, tmp_path: Path) -> None:
+    guard = Guard(PlainTextResponse("page"), None)
+    app = Application(guard, [], sessions, tmp_path)
+    session = sessions.get("late")
+    file = add(sessions, session, png())
+    (tmp_path / "a").mkdir()
+    old, new = tmp_path / "a" / "old.png", tmp_path / "new.png"
+    for path in (old, new):
+        path.write_bytes(png())
+    server = server_of(app)
+    asyncio.run(server.on_tick(0))
+    assert file.path.exists() and old.exists()
+    session.used -= 61
+    os.utime(old, (time.time() - 61, time.time() - 61))
+    asyncio.run(server.on_tick(1))
+    assert file.path.exists() and old.exists()
+    asyncio.run(server.on_tick(600))
+    assert not file.path.exists() and not old.exists() and new.exists()
+    assert session.closed and sessions.get("late") is not session
+
+
+def test_a_new_conversation_during_a_reply_is_empty(live: Live, sessions: Sessions) -> None:
+    worker, session = live.service.worker, sessions.get("page")
+    file = add(sessions, session, png())
+    steps = ask(
+        sessions, session, {0: worker}, "What?", generation=GenerationOptions(max_new_tokens=300)
+    )
+    next(steps)
+    sessions.clear(session)
+    later = add(sessions, session, png())
+    assert [*steps] == []
+    assert session.turns == {} and session.shown == {} and session.pending == [later]
+    assert live.idle() and not session.streams
+    assert not file.path.exists() and later.path.exists()
+
+
+def test_a_page_has_one_reply_at_a_time() -> None:
+    session = Session()
+    busy = pytest.raises(MedmError, match="a reply is being generated")
+    with session.replying(), busy, session.replying():
+        pass
+    with session.replying():
+        pass
+
+
 def test_masks_of_a_volume_lie_on_its_grid(live: Live, sessions: Sessions, tmp_path: Path) -> None:
     sitk.WriteImage(phantom(), str(tmp_path / "ct.nii.gz"))
     session = sessions.get("page")
@@ -199,6 +296,34 @@ def test_masks_of_a_volume_lie_on_its_grid(live: Live, sessions: Sessions, tmp_p
 
 def test_labels_of_lines() -> None:
     assert read_labels(" a \n\nb\n") == ["a", "b"]
+    assert len(read_labels("\n".join(map(str, range(32))))) == 32
+    for text in ("\n".join(map(str, range(33))), "a\n" + "b" * 501):
+        with pytest.raises(MedmError, match="at most 32 labels of at most 500 characters"):
+            read_labels(text)
     for text in ("", "a", "a\na"):
         with pytest.raises(MedmError, match="two or more different labels"):
             read_labels(text)
+
+
+def test_maps_are_of_pixels_that_a_limited_process_decoded(
+    dual: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decoded_here(*given: object, **options: object) -> None:
+        raise AssertionError("decoded in the process of the server")
+
+    for name in ("read_image", "read_volume"):
+        monkeypatch.setattr(f"medm.imaging.preview.{name}", decoded_here)
+    worker = dual.service.worker
+    asked: list[object] = []
+    original = worker.decoders.pixels
+
+    def pixels(*given: Any, **options: Any) -> np.ndarray:
+        asked.append(given)
+        return original(*given, **options)
+
+    monkeypatch.setattr(worker.decoders, "pixels", pixels)
+    file = dual.service.files.add(io.BytesIO(png()), len(png()))
+    scores = score(worker, file, ["knee", "brain", "chest"], "a scan of {}")
+    dual.service.files.delete(file.id)
+    assert [*scores.maps] == [*scores.probabilities] == ["knee", "brain", "chest"]
+    assert len(asked) == 1

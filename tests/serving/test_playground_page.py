@@ -6,7 +6,6 @@ import io
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,15 +18,12 @@ from PIL import Image
 
 from medm.inference.batch import infer
 from medm.inference.options import GenerationOptions, InferOptions
-from medm.serving.listening import listen, url_of
-from medm.serving.options import Limits
-from medm.serving.playground import application, server_of
-from medm.serving.playground_options import PlaygroundOptions
 from tests.imaging.tiny import phantom
 from tests.inference.grounded import build_grounded
 from tests.inference.tiny import read_output, save_image, save_tiny, write_records
 from tests.models import plain_head
 from tests.models.dual_encoder import tiny
+from tests.serving.playground_live import TOKENS, live_page
 from tests.test_readme import environment
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -36,7 +32,6 @@ ARGUMENTS = [
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--use-angle=swiftshader", "--enable-unsafe-swiftshader",
 ]  # fmt: skip
-TOKENS = 4
 WAIT = 60_000
 pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no browser at {CHROMIUM}")
 
@@ -67,28 +62,6 @@ def opened(browser: Any, url: str) -> Iterator[Any]:
 
 
 @contextmanager
-def in_thread(*models: Path) -> Iterator[str]:
-    """The address of a page of some models."""
-    limits = Limits(max_new_tokens=TOKENS, max_voxels=100_000)
-    options = PlaygroundOptions(
-        models=[str(model) for model in models], port=0, device="cpu", limits=limits
-    )
-    with (
-        plain_head.registered(),
-        listen(options.host, 0) as listener,
-        application(options) as app,
-    ):
-        server = server_of(app)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        try:
-            yield url_of(listener, options.host)
-        finally:
-            server.stop()
-            thread.join(30)
-
-
-@contextmanager
 def by_command(model: Path, folder: Path) -> Iterator[str]:
     """The same by `medm playground`, which is ended by SIGTERM and leaves no file."""
     folder.mkdir()
@@ -106,7 +79,8 @@ def by_command(model: Path, folder: Path) -> Iterator[str]:
             yield next(line.strip() for line in lines if line.startswith("http://"))
             assert any(folder.glob("medm-*"))
             started.send_signal(signal.SIGTERM)
-            rest, _ = started.communicate(timeout=60)
+            rest = "".join(lines)  # `communicate` would lose what is buffered
+            started.wait(60)
             assert started.returncode == 0, rest
             assert "Not for clinical use" in rest and "Traceback" not in rest
             assert "knee" not in rest
@@ -171,7 +145,10 @@ def test_two_models_reply_and_masks_are_shown(
     save_image(tmp_path / "a.png", 3)
     sitk.WriteImage(phantom(), str(tmp_path / "ct.nii.gz"))
     expected = infer_reply(models["text"], tmp_path, "What is seen?")
-    with in_thread(models["masks"], models["text"]) as url, opened(browser, url) as page:
+    with (
+        live_page(models["masks"], models["text"]) as live,
+        opened(browser, live.url) as page,
+    ):
         assert "Not for clinical use" in page.inner_text(".medm-notice")
         page.set_input_files("#chat-upload input[type=file]", str(tmp_path / "a.png"))
         page.wait_for_selector('[data-name="chat-1"][data-ready=image]')
