@@ -188,3 +188,68 @@ def test_what_cannot_be_split(tmp_path: Path, data: Path) -> None:
     assert done.code == 1 and "--allow-missing" in done.err
     done = medm("data", "split", str(data), "--by", "patient", "--val", "0.2")
     assert done.code == 0 and "all.val.jsonl: 12 records" in done.out
+
+
+def studies(file: Path, groups: dict[str, int], **further: Any) -> Path:
+    """Records of patients, as many each as given; images need not exist."""
+    return write(
+        file,
+        [
+            record(f"{patient}-{n}.png", f"{patient} {n}", patient=patient, **further)
+            for patient, count in groups.items()
+            for n in range(count)
+        ],
+    )
+
+
+def test_a_record_without_the_field_stays_with_its_study_or_patient(tmp_path: Path) -> None:
+    records = [
+        {**record(f"{s}-{n}.png", f"{s} {n}"), "study": f"S{s}", **({"patient": s} if n else {})}
+        for s in range(20)
+        for n in range(3)
+    ]
+    file = write(tmp_path / "a.jsonl", records)
+    for seed in range(3):
+        done = split_file(file, by="patient", val=0.3, seed=seed, allow_missing=True)
+        assert not done.shared and done.missing == 20
+        assert done.joined == 20
+    by_patient = [
+        {**record(f"{p}-{n}.png", f"{p} {n}"), "patient": p, **({"study": f"{p}-{n}"} if n else {})}
+        for p in range(20)
+        for n in range(3)
+    ]
+    done = split_file(
+        write(tmp_path / "b.jsonl", by_patient), by="study", val=0.3, allow_missing=True
+    )
+    assert not done.shared and done.missing == 20
+
+
+def test_a_split_of_an_earlier_run_is_not_left_beside_new_ones(tmp_path: Path) -> None:
+    file = studies(tmp_path / "a.jsonl", {f"p{n}": 1 for n in range(10)})
+    first = split_file(file, by="patient", val=0.2, test=0.2)
+    train = first.files["train"].read_text()
+    with pytest.raises(DataError, match=r"a\.test\.jsonl: .*no test set is asked for"):
+        split_file(file, by="patient", val=0.2, seed=1)
+    assert first.files["train"].read_text() == train
+    with pytest.raises(DataError, match=r"a\.val\.jsonl: .*no val set is asked for"):
+        split_file(file, by="patient", val=0, test=0.2)
+    first.files["test"].unlink()
+    assert set(split_file(file, by="patient", val=0.2, seed=1).files) == {"train", "val"}
+
+
+def test_a_large_group_does_not_fill_a_small_split(tmp_path: Path) -> None:
+    sizes = {"large": 30, **{f"p{n}": 1 for n in range(10)}}
+    file = studies(tmp_path / "a.jsonl", sizes)
+    for seed in range(8):
+        done = split_file(file, by="patient", val=0.1, seed=seed)
+        assert done.counts == {"train": 36, "val": 4} and not done.large
+
+
+def test_a_split_that_no_group_fits_gets_the_smallest_and_a_warning(tmp_path: Path) -> None:
+    file = studies(tmp_path / "a.jsonl", {"a": 30, "b": 12, "c": 10})
+    for seed in range(4):
+        done = split_file(file, by="patient", val=0.1, test=0.1, seed=seed)
+        assert done.counts == {"train": 30, "val": 12, "test": 10}
+        assert done.large == {"val": 0.1, "test": 0.1}
+    done = medm("data", "split", str(file), "--by", "patient", "--test", "0.1")
+    assert done.code == 0 and "warning: val has 23% of the records, 10% were asked for" in done.out
