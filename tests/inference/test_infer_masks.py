@@ -12,12 +12,13 @@ import pytest
 import SimpleITK as sitk
 from PIL import Image
 
-from medm.errors import DataError, DeviceError, RecipeError
+from medm.errors import DataError, DeviceError, MedmError, RecipeError
 from medm.imaging import rle
 from medm.inference.batch import InferSummary, infer
 from medm.inference.folder_records import write_folder_records
 from medm.inference.mask_writing import MaskCounts, MaskWriter, file_stem
 from medm.inference.options import GenerationOptions, InferOptions
+from medm.inference.predictions import Results
 from tests.cli.runner import medm
 from tests.inference.grounded import answering, save_grounded
 from tests.inference.tiny import read_output, save_image, save_tiny, write_records
@@ -210,7 +211,7 @@ def test_a_folder_is_asked_about_and_new_files_are_added(model: Path, tmp_path: 
     for span in lines[2]["spans"]:
         assert (output.parent / span["mask"]).resolve().parent == (tmp_path / "m").resolve()
     other = given | {"prompt": "Segment the heart"}
-    with pytest.raises(RecipeError, match="with another prompt"):
+    with pytest.raises(RecipeError, match="prompt was 'Segment the lesion' and is now"):
         run(model, output, **other)
     assert run(model, output, overwrite=True, **other).resumed == 0
     with pytest.raises(DataError, match="expected the folder that holds it"):
@@ -218,6 +219,54 @@ def test_a_folder_is_asked_about_and_new_files_are_added(model: Path, tmp_path: 
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no image or volume"):
         run(model, output.with_name("x.jsonl"), **(given | {"folder": str(tmp_path / "empty")}))
+
+
+def test_a_refused_run_changes_no_records(model: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save_image(tmp_path / name / "1.png", 1)
+        save_image(tmp_path / name / f"{name}.png", 2)
+    output = tmp_path / "o.jsonl"
+    given = {"folder": str(tmp_path / "a"), "prompt": "What?"}
+    run(model, output, **given)
+    records_file = tmp_path / "o.jsonl.records.jsonl"
+    before = records_file.read_text()
+    with pytest.raises(RecipeError, match="root was .*a' and is now .*b'"):
+        run(model, output, **(given | {"folder": str(tmp_path / "b")}))
+    with pytest.raises(RecipeError, match="the data file changed"):
+        run(model, output, image=[str(tmp_path / "b" / "b.png")], prompt="What?")
+    with (
+        Results(output, {}).locked(),
+        pytest.raises(MedmError, match="another run is writing"),
+    ):
+        run(model, output, overwrite=True, **(given | {"folder": str(tmp_path / "b")}))
+    assert records_file.read_text() == before
+    output.unlink()
+    (tmp_path / "o.jsonl.run.json").unlink()
+    run(model, output, **(given | {"folder": str(tmp_path / "b")}))
+    assert [line["id"] for line in read_output(output)] == ["1.png", "b.png"]
+
+
+def test_an_output_within_the_folder_is_not_asked_about(model: Path, tmp_path: Path) -> None:
+    save_image(tmp_path / "a.png", 1)
+    save_image(tmp_path / "b.png", 2)
+    given = {"folder": str(tmp_path), "prompt": "What is it", "overlays": True}
+    run(model, tmp_path / "out" / "o.jsonl", **given)
+    assert list((tmp_path / "out" / "o_masks").iterdir())
+    again = run(model, tmp_path / "out" / "o.jsonl", **given)
+    assert (again.records, again.resumed) == (2, 2)
+    file, masks = tmp_path / "r.jsonl", tmp_path / "out" / "o_masks"
+    write_folder_records(file, masks, "?", ["image"], left_out=[masks, tmp_path])
+    assert file.read_text(), "the folder itself is asked about where that is wanted"
+
+
+def test_changed_settings_remove_masks_of_earlier_lines(model: Path, tmp_path: Path) -> None:
+    data = records(tmp_path)
+    run(model, tmp_path / "o.jsonl", data=str(data), overlays=True)
+    old = {path.name for path in (tmp_path / "o_masks").iterdir()}
+    assert any(name.endswith("_overlay.png") for name in old)
+    run(model, tmp_path / "o.jsonl", data=str(data), mask_format="npy", overwrite=True)
+    left = {path.name for path in (tmp_path / "o_masks").iterdir()}
+    assert left and all(name.endswith(".npy") for name in left)
 
 
 def test_files_of_a_folder_by_kind(tmp_path: Path) -> None:
@@ -233,7 +282,7 @@ def test_files_of_a_folder_by_kind(tmp_path: Path) -> None:
         assert found[0]["messages"][0]["content"][1] == {"type": "text", "text": "\n<image> What?"}
         return {record["id"]: record["messages"][0]["content"][0]["type"] for record in found}
 
-    assert kinds("image", "image@masks") == {
+    assert kinds("image", "image@masks", "volume") == {
         "a.png": "image",
         "ct": "volume",
         "one/1.dcm": "image",
@@ -241,6 +290,11 @@ def test_files_of_a_folder_by_kind(tmp_path: Path) -> None:
         "x.npy": "image",
     }
     assert kinds("volume")["x.npy"] == "volume"
+    (tmp_path / "ct" / "photo.png").touch()
+    assert kinds("image", "volume").keys() >= {"ct", "ct/photo.png"}
+    classes = kinds("image")
+    assert "ct" not in classes
+    assert all(classes[f"ct/{name}"] == "image" for name in ("1.dcm", "2.dcm", "photo.png"))
 
 
 def volume_file(file: Path) -> None:
