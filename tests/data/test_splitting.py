@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medm.data.leaks import find_shared, read_contents, read_facts
+from medm.data.leaks import Contents, RecordFacts, find_shared, read_contents, read_facts
 from medm.data.splitting import split_file
 from medm.errors import DataError, RecipeError
 from medm.imaging.image_hash import image_hash
@@ -253,3 +253,54 @@ def test_a_split_that_no_group_fits_gets_the_smallest_and_a_warning(tmp_path: Pa
         assert done.large == {"val": 0.1, "test": 0.1}
     done = medm("data", "split", str(file), "--by", "patient", "--test", "0.1")
     assert done.code == 0 and "warning: val has 23% of the records, 10% were asked for" in done.out
+
+
+def volume(path: str, **further: Any) -> dict[str, Any]:
+    turns = [{"from": "human", "value": "<volume>\n?"}, {"from": "gpt", "value": path}]
+    return {"volume": path, "conversations": turns, **further}
+
+
+def test_a_folder_without_a_mark_is_each_of_its_series(tmp_path: Path) -> None:
+    for folder, content in (("ct", b"a"), ("copy", b"a"), ("mr", b"b")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.dcm").write_bytes(content)
+
+    def shared(train: str, test: str) -> set[str]:
+        files = [
+            write(tmp_path / f"{name}.jsonl", [volume(path)])
+            for name, path in (("train", train), ("test", test))
+        ]
+        splits = {file.stem: read_facts(file, root=None) for file in files}
+        facts = [one for records in splits.values() for one in records]
+        return set(find_shared(splits, read_contents(facts)))
+
+    assert shared("ct", "copy#3") == {"content"}
+    assert shared("copy#3", "ct") == {"content"}
+    assert shared("ct", "ct#3") == {"path"} | (shared("ct", "ct") - {"path", "text"})
+    assert shared("ct#3", "copy#3") == {"content"}
+    assert shared("ct#3", "copy#4") == shared("ct#3", "ct#4") == shared("ct", "mr#3") == set()
+
+
+def test_images_with_uniform_borders_are_not_each_compared_with_each() -> None:
+    compared = 0
+
+    class Bits(int):
+        def __xor__(self, other: int) -> int:
+            nonlocal compared
+            compared += 1
+            return int(self) ^ int(other)
+
+    rng = np.random.default_rng(0)
+    hashes: dict[Path, int] = {}
+    splits: dict[str, list[RecordFacts]] = {"train": [], "test": []}
+    for number in range(400):
+        for name in ("train", "test"):
+            # Six bands of 19 bits between three and four of zeros; three images are in both.
+            if name == "train" or number >= 3:
+                bits = int.from_bytes(rng.bytes(14), "little") << 57
+            path = Path(f"{name}/{number}.png")
+            hashes[path] = Bits(bits ^ (name == "test") << 70)
+            splits[name].append(RecordFacts(Path(f"{name}.jsonl"), number, images=(path,)))
+    found = find_shared(splits, Contents(hashes=hashes))
+    assert found["near duplicate"].count == 3
+    assert compared < 400
