@@ -64,7 +64,7 @@ class Contents:
     """Contents of files, read where two files have one size."""
 
     by_path: dict[Path, str] = field(default_factory=dict)
-    """Hash by path without the mark of a series, of files that share their size with another one."""
+    """Hash by path without the mark of a series, of files of a size that another one has too."""
     hashes: dict[Path, int] = field(default_factory=dict)
     """Perceptual hash of images, where it was asked for."""
     unreadable: int = 0
@@ -265,8 +265,8 @@ def _near_duplicates(
     """Yield pairs of records of two splits whose images differ in few bits and are not equal files.
 
     Only images that agree in one band of bits are compared: at least one of `_BANDS` bands agrees
-    where fewer bits than bands differ. Bands that are all 0 or all 1 do not count: X-rays with black
-    borders agree in them, and each would be compared with each.
+    where fewer bits than bands differ. Bands that are all 0 or all 1 do not count: X-rays with
+    black borders agree in them, and each would be compared with each.
     """
     width = BITS // _BANDS
     uniform = (0, (1 << width) - 1)

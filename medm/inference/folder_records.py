@@ -82,9 +82,7 @@ def write_folder_records(
         write(file, "\n".join(lines) + "\n")
 
 
-def file_record(
-    files: Sequence[tuple[Kind, str]], prompt: str, *, study: bool
-) -> tuple[str, Path]:
+def file_record(files: Sequence[tuple[Kind, str]], prompt: str, *, study: bool) -> tuple[str, Path]:
     """Return a line of JSONL with a question about files together, and the root of its paths.
 
     Args:

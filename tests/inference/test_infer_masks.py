@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK as sitk
 from PIL import Image
 
 from medm.errors import DataError, DeviceError, MedmError, RecipeError
-from medm.imaging import rle
+from medm.imaging import VolumePreprocess, prepare, rle
 from medm.inference.batch import InferSummary, infer
 from medm.inference.folder_records import write_folder_records
+from medm.inference.grounded_text import GroundedText, Phrase
 from medm.inference.mask_writing import MaskCounts, MaskWriter, file_stem
 from medm.inference.options import GenerationOptions, InferOptions
 from medm.inference.predictions import Results
+from medm.inference.segmenter import Grounded, MaskPrediction, Shown
 from tests.cli.runner import medm
+from tests.imaging.test_dicom_seg import complete
+from tests.imaging.tiny import body, phantom, write_series
 from tests.inference.grounded import answering, save_grounded
 from tests.inference.tiny import read_output, save_image, save_tiny, write_records
 from tests.models import plain_head
@@ -230,7 +236,7 @@ def test_a_refused_run_changes_no_records(model: Path, tmp_path: Path) -> None:
     run(model, output, **given)
     records_file = tmp_path / "o.jsonl.records.jsonl"
     before = records_file.read_text()
-    with pytest.raises(RecipeError, match="root was .*a' and is now .*b'"):
+    with pytest.raises(RecipeError, match=r"root was .*a' and is now .*b'"):
         run(model, output, **(given | {"folder": str(tmp_path / "b")}))
     with pytest.raises(RecipeError, match="the data file changed"):
         run(model, output, image=[str(tmp_path / "b" / "b.png")], prompt="What?")
@@ -392,6 +398,31 @@ def test_options_that_do_not_go_together(model: Path, tmp_path: Path) -> None:
         )
     assert file_stem("000001_q/1: é ä") == "000001_q-1"
     assert file_stem("..") == "reply"
+
+
+@pytest.mark.skipif(find_spec("highdicom") is None, reason="comes with the extra 'dicom'")
+def test_masks_lie_on_the_series_that_was_read(tmp_path: Path) -> None:
+    folder = tmp_path / "ct"
+    small = sitk.RegionOfInterest(phantom(), [26, 20, 6], [0, 0, 0])
+    write_series(folder, small, change=complete, number=3, prefix="A")
+    write_series(folder, phantom(), change=complete, number=4, prefix="B")
+    preprocess = VolumePreprocess(windows=[[-1000, 1000]], size=None, series="largest")
+    placement = prepare(folder, preprocess).placement
+    phrase = Phrase(0, 5, "liver")
+    mask = MaskPrediction(0, phrase, "volume", 0, body() > 0, placement, 1.0, 1.0, False)
+    grounded = Grounded(GroundedText("liver", "liver[SEG]", (phrase,), 0), (mask,))
+    given = {"model": "m", "data": "d", "output": str(tmp_path / "o.jsonl"), "overlays": True}
+    options = InferOptions(**given, mask_format="dicom-seg")
+    shown = [Shown("volume", folder)]
+    further: dict[str, Any] = {}
+    writer = MaskWriter.of(options, several="largest")
+    (span,) = writer.spans_of("a", grounded, shown, further)
+    seg = pydicom.dcmread(tmp_path / span["mask"])
+    read = pydicom.dcmread(next(folder.glob("B*"))).SeriesInstanceUID
+    assert seg.ReferencedSeriesSequence[0].SeriesInstanceUID == read
+    assert (tmp_path / further["overlay"]).is_file()
+    with pytest.raises(DataError, match="2 series fit"):
+        MaskWriter.of(options).spans_of("a", grounded, shown)
 
 
 def test_what_a_model_or_machine_cannot_do(
