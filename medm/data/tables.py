@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -161,12 +160,15 @@ class _RowScan:
 def _header(head: bytes, path: Path) -> tuple[str, list[str]]:
     """Return the delimiter and the names of the columns."""
     rows: dict[str, list[str]] = {}
+    reason = ""
     for delimiter in _DELIMITERS:
         text = _decoded(_first_row(head, delimiter), path=path)
-        with suppress(DataError):  # a quote that ends where another delimiter stands
+        try:
             rows[delimiter] = _cells(text.strip(), delimiter)
+        except DataError as error:  # such as a quote that ends where another delimiter stands
+            reason = error.reason
     if not rows:
-        raise DataError(f"row 1: a broken quote; {_EXPECTED}", file=path)
+        raise DataError(f"row 1: {reason}; {_EXPECTED}", file=path)
     delimiter = max(rows, key=lambda one: len(rows[one]))
     names = [name.strip() for name in rows[delimiter]]
     if "" in names:

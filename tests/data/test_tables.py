@@ -121,6 +121,7 @@ def test_columns_stand_for_fields_and_others_keep_their_names(tmp_path: Path) ->
         ("image,,c\na,b,c\n", None, "row 1: column 2 of 3 has no name"),
         ("image,caption\n", None, "the file holds no records"),
         ('"image"x\na\n', None, "row 1: a broken quote"),
+        ("image,caption\ra,b\rc,d\r", None, "row 1: 3 rows where one is expected; a carriage"),
         ("", None, "the file is empty; expected a table"),
         (b"PAR1....", None, "looks like a Parquet file"),
         (b"\xff\xfei\0", None, "UTF-16; save it as UTF-8"),
