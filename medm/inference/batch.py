@@ -24,7 +24,7 @@ from logging.handlers import QueueHandler
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 from torch.utils.data import DataLoader
@@ -37,7 +37,6 @@ from medm.data.records import Records
 from medm.data.studies import Studies
 from medm.errors import DataError, InputLostError, MedmError, RecipeError
 from medm.files import atomic_write_text
-from medm.imaging import VolumePreprocess
 from medm.imaging.paths import MissingFileError
 from medm.imaging.sources import rereadable
 from medm.inference.batches import (
@@ -52,7 +51,13 @@ from medm.inference.batches import (
 from medm.inference.embedder import EmbeddingEngine, load_embedder, make_files
 from medm.inference.folder_records import Existing, file_record, write_folder_records
 from medm.inference.generator import Reply, load_engine, pick_device
-from medm.inference.mask_writing import MaskCounts, MaskWriter, ReplyMasks, require_format
+from medm.inference.mask_writing import (
+    MaskCounts,
+    MaskWriter,
+    ReplyMasks,
+    require_format,
+    series_choice,
+)
 from medm.inference.options import EmbedOptions, InferOptions, changed_fields
 from medm.inference.output_shards import merged_lines, owned_indices
 from medm.inference.predictions import (
@@ -599,7 +604,8 @@ class _Shard:
         self.masks: ReplyMasks | None = None
         self.reports: ReportWriter | None = None
         if isinstance(options, InferOptions) and options.report_format != "none":
-            self.reports = ReportWriter.of(options, several=self._several("volume"))
+            several = series_choice(job.processor.preprocess.get("volume"))
+            self.reports = ReportWriter.of(options, several=several)
         self.sliced: SlicedVolumes | None = None
         """Shows volumes as slices, to models that read images alone."""
         if job.masks and isinstance(options, InferOptions):
@@ -631,15 +637,11 @@ class _Shard:
             slots=options.batch_size,
         )
         if self.job.masks:
-            writer = MaskWriter.of(options, several=self._several("volume@masks", "volume"))
+            view = self.processor.mask_view
+            several = series_choice(self.processor.preprocess[str(view)])
+            writer = MaskWriter.of(options, several=several)
             segmenter = Segmenter(self.engine, options.segmentation, soft=writer.soft)
             self.masks = ReplyMasks(segmenter, writer)
-
-    def _several(self, *views: str) -> Literal["only", "largest"]:
-        """Return what a folder of several DICOM series stands for, by the first view of volumes."""
-        preprocess = self.processor.preprocess
-        found = next((preprocess[view] for view in views if view in preprocess), None)
-        return found.series if isinstance(found, VolumePreprocess) else "only"
 
     def _reports(self) -> dict[str, str]:
         """Return the reports of the records by id, where images are matched with them."""

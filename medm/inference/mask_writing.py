@@ -14,7 +14,7 @@ import numpy as np
 
 from medm.errors import DataError, DeviceError
 from medm.files import atomic_file
-from medm.imaging import rle
+from medm.imaging import Preprocess, VolumePreprocess, rle
 from medm.imaging.dicom_seg import write_dicom_seg
 from medm.imaging.mask_output import write_mask
 from medm.imaging.overlay import save_overlay_sheet
@@ -318,6 +318,11 @@ def require_format(format: MaskFormat) -> None:
             "mask_format dicom-seg needs highdicom; pip install 'medm[dicom]', or choose another "
             "format"
         )
+
+
+def series_choice(preprocess: Preprocess | None) -> Literal["only", "largest"]:
+    """Return what a folder of several DICOM series stands for where it is read in this way."""
+    return preprocess.series if isinstance(preprocess, VolumePreprocess) else "only"
 
 
 def file_stem(name: str) -> str:

@@ -19,7 +19,7 @@ from medm.imaging import VolumePreprocess, prepare, rle
 from medm.inference.batch import InferSummary, infer
 from medm.inference.folder_records import write_folder_records
 from medm.inference.grounded_text import GroundedText, Phrase
-from medm.inference.mask_writing import MaskCounts, MaskWriter, file_stem
+from medm.inference.mask_writing import MaskCounts, MaskWriter, file_stem, series_choice
 from medm.inference.options import GenerationOptions, InferOptions
 from medm.inference.predictions import Results
 from medm.inference.segmenter import Grounded, MaskPrediction, Shown
@@ -415,7 +415,7 @@ def test_masks_lie_on_the_series_that_was_read(tmp_path: Path) -> None:
     options = InferOptions(**given, mask_format="dicom-seg")
     shown = [Shown("volume", folder)]
     further: dict[str, Any] = {}
-    writer = MaskWriter.of(options, several="largest")
+    writer = MaskWriter.of(options, several=series_choice(preprocess))
     (span,) = writer.spans_of("a", grounded, shown, further)
     seg = pydicom.dcmread(tmp_path / span["mask"])
     read = pydicom.dcmread(next(folder.glob("B*"))).SeriesInstanceUID
