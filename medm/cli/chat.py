@@ -59,7 +59,7 @@ def chat(
     from medm.config import validate
     from medm.inference.chat import Conversation
     from medm.inference.generator import load_engine, pick_device
-    from medm.inference.mask_writing import MaskWriter
+    from medm.inference.mask_writing import MaskWriter, series_choice
     from medm.inference.options import GenerationOptions
     from medm.inference.segmenter import Segmenter
 
@@ -70,7 +70,8 @@ def chat(
     if engine.model.masks is not None:
         segmenter = Segmenter(engine)
         folder = Path(masks or time.strftime("medm-chat-%Y%m%d-%H%M%S"))
-        writer = MaskWriter(folder, beside=folder, overlays=True)
+        several = series_choice(segmenter.preprocess)
+        writer = MaskWriter(folder, beside=folder, overlays=True, several=several)
     conversation = Conversation(engine, processor, system=system, task=task, segmenter=segmenter)
     for branch, files in (("image", image), ("volume", volume)):
         for file in files or []:

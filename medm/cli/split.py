@@ -44,7 +44,10 @@ def split(
     ] = None,
     allow_missing: Annotated[
         bool,
-        typer.Option("--allow-missing", help="A record without the field is a group of its own."),
+        typer.Option(
+            "--allow-missing",
+            help="A record without the field stays with those of its patient and study.",
+        ),
     ] = False,
     skip_content: _SkipContent = False,
     near_duplicates: _NearDuplicates = False,
@@ -104,9 +107,20 @@ def write_split(
     for name, path in done.files.items():
         out.print(f"{path}: {done.counts[name]} records, {done.groups[name]} by {by}", markup=False)
     if done.missing:
-        out.print(f"{done.missing} records without {by!r}, each on its own", markup=False)
+        out.print(
+            f"{done.missing} records without {by!r}, each on its own or with its patient or study",
+            markup=False,
+        )
     if done.joined:
-        out.print(f"{done.joined} groups stay with another one: same file or content")
+        what = "file or content" + (", or patient or study" if done.missing else "")
+        out.print(f"{done.joined} groups stay with another one: same {what}")
+    total = sum(done.counts.values())
+    for name, wanted in done.large.items():
+        out.print(
+            f"warning: {name} has {done.counts[name] / total:.0%} of the records, {wanted:.0%} "
+            f"were asked for: no smaller set of whole groups by {by!r} was found",
+            markup=False,
+        )
     for kind, shared in done.shared.items():
         word = "leak" if kind in LEAKS else "look at"
         out.print(f"{word}: in two splits: {shared.line()}", markup=False)

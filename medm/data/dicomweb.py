@@ -35,6 +35,8 @@ _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _TIMEOUT = (20.0, 120.0)
 """Seconds to connect, and between two pieces of a reply."""
 _SERIES_UID, _SERIES_MODALITY, _SERIES_INSTANCES = "0020000E", "00080060", "00201209"
+_STUDY_SERIES = "00201206"
+"""NumberOfStudyRelatedSeries."""
 MAX_GB = 20.0
 """Most gigabytes (1e9 bytes) of one command, where no other limit is given."""
 
@@ -221,19 +223,42 @@ class Archive:
         self, study: str, number: int, modalities: Sequence[str]
     ) -> list[tuple[str, int | None]]:
         """Return UID and number of files of the series of a study."""
-        with self._told(f"study {number}"):
-            found = self._client.search_for_series(study, fields=["NumberOfSeriesRelatedInstances"])
         listed = []
-        for entry in found:
-            uid = _first(entry, _SERIES_UID)
-            if not uid or (modalities and _first(entry, _SERIES_MODALITY) not in modalities):
+        for uid, entry in self._entries(study, number).items():
+            if modalities and _first(entry, _SERIES_MODALITY) not in modalities:
                 continue
-            count = _first(entry, _SERIES_INSTANCES)
-            listed.append((str(uid), None if count is None else int(str(count))))
+            listed.append((uid, _count(entry, _SERIES_INSTANCES)))
         if not listed:
             of = f" of {', '.join(modalities)}" if modalities else ""
             raise MedmError(f"{self.name}: study {number} is not there, or has no series{of}")
         return listed
+
+    def _entries(self, study: str, number: int) -> dict[str, Mapping[str, Any]]:
+        """Return every series of a study, of all pages; an archive may limit what one answer lists.
+
+        The client's `get_remaining` asks forever where an archive does not know `offset`.
+        """
+        found: dict[str, Mapping[str, Any]] = {}
+        offset, total = 0, None
+        while total is None or len(found) < total:
+            with self._told(f"study {number}"):
+                page = self._client.search_for_series(
+                    study,
+                    fields=["NumberOfSeriesRelatedInstances", "NumberOfStudyRelatedSeries"],
+                    offset=offset or None,
+                )
+            new = {str(uid): entry for entry in page if (uid := _first(entry, _SERIES_UID))}
+            if new.keys() <= found.keys():
+                break
+            found |= new
+            offset += len(page)
+            total = next(filter(None, (_count(entry, _STUDY_SERIES) for entry in page)), total)
+        if found and total is not None and len(found) < total:
+            raise MedmError(
+                f"{self.name}: study {number}: lists {len(found)} of {total} series; ask the "
+                "archive's administrator, or fetch with an account that may see all"
+            )
+        return found
 
     def _instances(self, study: str, series: str, place: str) -> Iterator[Any]:
         with self._told(place), quiet():
@@ -352,3 +377,8 @@ def _first(entry: Mapping[str, Any], tag: str) -> object:
     """Return the first value of an element in DICOM JSON; None where it is missing."""
     values = entry.get(tag, {}).get("Value") or [None]
     return values[0]
+
+
+def _count(entry: Mapping[str, Any], tag: str) -> int | None:
+    value = _first(entry, tag)
+    return None if value is None else int(str(value))

@@ -64,10 +64,19 @@ class Contents:
     """Contents of files, read where two files have one size."""
 
     by_path: dict[Path, str] = field(default_factory=dict)
-    """Hash by path, of files that share their size with another one."""
+    """Hash by path without the mark of a series, of files of a size that another one has too."""
     hashes: dict[Path, int] = field(default_factory=dict)
     """Perceptual hash of images, where it was asked for."""
     unreadable: int = 0
+    series: dict[Hashable, set[str]] = field(default_factory=dict)
+    """Marks ("folder#3") of the series that records name, by path without it and by its hash."""
+
+    def parts(self, thing: Hashable, series: str | None) -> list[tuple[Hashable, str | None]]:
+        """Return what a record holds of a path or content: a series; without a mark, any of it."""
+        named: list[str | None] = [series]
+        if series is None:
+            named = [*sorted(self.series.get(thing, ()))] or [None]
+        return [(thing, one) for one in named]
 
 
 @dataclass(slots=True)
@@ -167,7 +176,8 @@ def read_contents(
         near_duplicates: hash every image by its looks; each is decoded.
     """
     found = Contents()
-    paths = {path for record in facts for path in record.media}
+    marked = {split_series(path) for record in facts for path in record.media}
+    paths = {path for path, _ in marked}
     by_size: dict[int, list[Path]] = {}
     for path in sorted(paths):
         try:
@@ -181,6 +191,11 @@ def read_contents(
                     found.by_path[path] = content_hash(path)
                 except MediaError:
                     found.unreadable += 1
+    for path, series in marked:
+        if series is not None:
+            found.series.setdefault(path, set()).add(series)
+            if path in found.by_path:
+                found.series.setdefault(found.by_path[path], set()).add(series)
     if near_duplicates:
         for path in sorted({path for record in facts for path in record.images}):
             try:
@@ -197,9 +212,12 @@ def things(record: RecordFacts, contents: Contents) -> Iterator[tuple[Kind, Hash
     if record.study is not None:
         yield "study", record.study
     for path in record.media:
-        yield "path", path
-        if path in contents.by_path:
-            yield "content", (contents.by_path[path], split_series(path)[1])
+        plain, series = split_series(path)
+        for part in contents.parts(plain, series):
+            yield "path", part
+        if plain in contents.by_path:
+            for part in contents.parts(contents.by_path[plain], series):
+                yield "content", part
     if record.text is not None:
         yield "text", record.text
 
@@ -247,9 +265,11 @@ def _near_duplicates(
     """Yield pairs of records of two splits whose images differ in few bits and are not equal files.
 
     Only images that agree in one band of bits are compared: at least one of `_BANDS` bands agrees
-    where fewer bits than bands differ.
+    where fewer bits than bands differ. Bands that are all 0 or all 1 do not count: X-rays with
+    black borders agree in them, and each would be compared with each.
     """
     width = BITS // _BANDS
+    uniform = (0, (1 << width) - 1)
     buckets: dict[tuple[int, int], list[tuple[str, Path, int, RecordFacts]]] = {}
     yielded: set[tuple[Path, Path]] = set()
     for name, records in splits.items():
@@ -259,8 +279,10 @@ def _near_duplicates(
                 if not bits:
                     continue
                 for band in range(_BANDS):
-                    key = (band, (bits >> (band * width)) & ((1 << width) - 1))
-                    bucket = buckets.setdefault(key, [])
+                    part = (bits >> (band * width)) & ((1 << width) - 1)
+                    if part in uniform:
+                        continue
+                    bucket = buckets.setdefault((band, part), [])
                     for other_name, other_path, other_bits, other in bucket:
                         pair = (other_path, path)
                         if other_name == name or pair in yielded or other_path == path:

@@ -29,6 +29,10 @@ from medm.types import JsonObject
 SPLITS = ("train", "val", "test")
 _JOINING: frozenset[Kind] = frozenset({"path", "content"})
 """Groups that share such a thing are kept in one split."""
+_OWNERS: frozenset[Kind] = frozenset({"patient", "study"})
+"""A record without the field that is split by stays with the records of the same one."""
+_MUCH_LARGER = 1.5
+"""Times its fraction of the records, from which a split is much larger than it should be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +45,12 @@ class Split:
     groups: Mapping[str, int]
     """Groups of each split."""
     missing: int
-    """Records without the field, each a group of its own."""
+    """Records without the field, each a group of its own where it is not joined to another."""
     joined: int
-    """Groups that were joined to another one, because they share a file or its content."""
+    """Groups that were joined to another one, because they share a file or its content, or because
+    a record without the field has the patient or study of the other."""
+    large: Mapping[str, float]
+    """Fraction that was wanted of each split that is much larger than that."""
     shared: Mapping[Kind, Shared]
     """What the splits still have in common."""
     duplicates: Mapping[Kind, Shared]
@@ -70,8 +77,8 @@ def split_file(
     """Split a file by groups and write `NAME.train.json`, `NAME.val.json`, `NAME.test.json`.
 
     Groups are put in an order that depends on `seed` and their own names alone, and fill the test
-    and validation sets up to their fractions of the records. Groups that share a file or the
-    content of one count as one group.
+    and validation sets up to their fractions of the records. A set that no group fits gets the
+    smallest one. Groups that share a file or the content of one count as one group.
 
     Args:
         file: JSON or JSONL.
@@ -81,20 +88,25 @@ def split_file(
         seed: of the order.
         root: folder of the paths; None for that of the file.
         output: folder of the splits; None for that of the file.
-        allow_missing: a record without the field is a group of its own.
+        allow_missing: a record without the field is a group of its own, or joins the records of its
+            patient or study.
         contents: compare the contents of files of one size.
         near_duplicates: look for images in two splits that look the same.
         pipeline: of the records; None for the one that the first record shows.
 
     Raises:
         RecipeError: fractions that leave nothing to train on.
-        DataError: a record cannot be read or lacks the field; too few groups.
+        DataError: a record cannot be read or lacks the field; too few groups; the folder holds a
+            split that this one does not write.
     """
     if not (val >= 0 and test >= 0 and 0 < val + test < 1):
         raise RecipeError(
             f"val {val:g} and test {test:g}: expected fractions above 0 that leave records to "
             "train on"
         )
+    wanted = [name for name, part in (("train", 1), ("val", val), ("test", test)) if part]
+    paths = _paths(file, output)
+    _refuse_stale({name: path for name, path in paths.items() if name not in wanted})
     facts = read_facts(file, root=root, by=by, pipeline=pipeline)
     missing = [record for record in facts if record.group is None]
     if missing and not allow_missing:
@@ -113,15 +125,13 @@ def split_file(
         for name in SPLITS
         if (records := assigned.get(name))
     }
-    wanted = [name for name, part in (("train", 1), ("val", val), ("test", test)) if part]
     if absent := [name for name in wanted if name not in splits]:
         raise DataError(
             f"{len(units)} groups by {by!r} are too few for {' and '.join(wanted)}: nothing is "
             f"left for {absent[0]}",
             file=file,
         )
-    folder = file.parent if output is None else output
-    files = {name: folder / f"{file.stem}.{name}{file.suffix}" for name in splits}
+    files = {name: paths[name] for name in splits}
     source = RecordFile(file)
     for name, path in files.items():
         write_records(path, _records(source, splits[name]))
@@ -131,14 +141,42 @@ def split_file(
         {name: len({_group(record) for record in part}) for name, part in splits.items()},
         len(missing),
         joined,
+        _large(splits, {"val": val, "test": test}, len(facts)),
         find_shared(splits, found),
         find_duplicates(facts, found),
         found.unreadable,
-        folder / f"{file.stem}.split.json",
+        paths["train"].with_name(f"{file.stem}.split.json"),
     )
     settings: JsonObject = {"by": by, "val": val, "test": test, "seed": seed}
     _write_report(split, settings)
     return split
+
+
+def _paths(file: Path, output: Path | None) -> dict[str, Path]:
+    folder = file.parent if output is None else output
+    return {name: folder / f"{file.stem}.{name}{file.suffix}" for name in SPLITS}
+
+
+def _refuse_stale(unwritten: Mapping[str, Path]) -> None:
+    """Refuse splits of an earlier run that would lie beside the new ones. Raises `DataError`."""
+    for name, path in unwritten.items():
+        if path.exists():
+            raise DataError(
+                f"lies where the splits are written, and no {name} set is asked for; it may share "
+                "records with the new ones. Delete it, choose another --output, or ask for a "
+                f"{name} set",
+                file=path,
+            )
+
+
+def _large(
+    splits: Mapping[str, Sequence[RecordFacts]], fractions: Mapping[str, float], total: int
+) -> dict[str, float]:
+    return {
+        name: fraction
+        for name, fraction in fractions.items()
+        if len(splits.get(name, ())) > _MUCH_LARGER * max(1, fraction * total)
+    }
 
 
 def _records(file: RecordFile, part: Sequence[RecordFacts]) -> Iterator[JsonObject]:
@@ -154,7 +192,10 @@ def _group(record: RecordFacts) -> str:
 
 
 def _units(facts: Sequence[RecordFacts], contents: Contents) -> tuple[list[list[RecordFacts]], int]:
-    """Return groups, joined where they share a file or content, and the number of joins."""
+    """Return groups, joined where they share a file or content, and the number of joins.
+
+    A record without the field joins the records of its patient and of its study.
+    """
     parent: dict[str, str] = {}
 
     def root_of(group: str) -> str:
@@ -163,12 +204,19 @@ def _units(facts: Sequence[RecordFacts], contents: Contents) -> tuple[list[list[
             group = parent[group]
         return group
 
+    of_missing = {
+        (kind, thing)
+        for record in facts
+        if record.group is None
+        for kind, thing in things(record, contents)
+        if kind in _OWNERS
+    }
     owners: dict[object, str] = {}
     joined = 0
     for record in facts:
         group = root_of(_group(record))
         for kind, thing in things(record, contents):
-            if kind not in _JOINING:
+            if kind not in _JOINING and (kind, thing) not in of_missing:
                 continue
             other = root_of(owners.setdefault((kind, thing), group))
             group = root_of(group)
@@ -191,16 +239,23 @@ def _assign(
         name = min(_group(record) for record in unit)
         return hashlib.blake2b(name.encode(), key=str(seed).encode(), digest_size=16).digest()
 
+    targets = {name: max(1, round(part * total)) for name, part in fractions.items() if part}
     splits: dict[str, list[RecordFacts]] = {name: [] for name in SPLITS}
+    rest = []
     for unit in sorted(units, key=order):
-        for name, fraction in fractions.items():
-            target = max(1, round(fraction * total)) if fraction else 0
-            filled = len(splits[name])
-            if filled + len(unit) <= target or (not filled and target and len(units) > 1):
+        for name, target in targets.items():
+            if len(splits[name]) + len(unit) <= target:
                 splits[name] += unit
                 break
         else:
-            splits["train"] += unit
+            rest.append(unit)
+    for name in targets:
+        if not splits[name] and len(rest) > 1:
+            smallest = min(rest, key=len)  # of equal ones the first in the order of the seed
+            rest.remove(smallest)
+            splits[name] += smallest
+    for unit in rest:
+        splits["train"] += unit
     return splits
 
 

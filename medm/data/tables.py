@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,6 +27,7 @@ class TableFile(RecordFile):
     out.
 
     Cells may be quoted, hold the delimiter and line breaks, and write a quote as two (RFC 4180).
+    Within a cell that is not quoted, a quote is a character (`5" tube`).
     The delimiter is the one of comma, semicolon and tab that gives the most columns.
 
     Args:
@@ -37,7 +37,8 @@ class TableFile(RecordFile):
 
     Raises:
         DataError: at opening, when it is no table, or a column is missing or named twice; at
-            access, when that row has another number of cells than the header, or a broken quote.
+            access, when that row has another number of cells than the header, a broken quote, or a
+            carriage return that ends it within its line.
     """
 
     _expected = _EXPECTED
@@ -65,7 +66,7 @@ class TableFile(RecordFile):
     def _index(self, file: BinaryIO) -> Index:
         head, start = decodable(file.read(_HEAD), self.path, expected=_EXPECTED)
         self._delimiter, self._names = _header(head, self.path)
-        starts, ends, damage = spans(file, _RowScan(start), start)
+        starts, ends, damage = spans(file, _RowScan(start, self._delimiter), start)
         starts, ends = without_blank(file, starts, ends)
         return Index(starts[1:], ends[1:], damage)
 
@@ -88,46 +89,86 @@ def check_header(path: Path) -> None:
 
 
 class _RowScan:
-    """Spans between line ends that stand outside quotes, across chunks."""
+    """Spans between line ends that stand outside quoted cells, across chunks.
 
-    def __init__(self, start: int) -> None:
+    A quote opens a cell only where it begins one; within an unquoted cell it is a character, such
+    as an inch mark. Quotes that follow each other are one run. A run of an even number changes
+    nothing; one of an odd number opens or closes a cell where it begins a cell, and ends one
+    elsewhere.
+    """
+
+    def __init__(self, start: int, delimiter: str) -> None:
         self._start, self._breaks = start, [np.empty(0, np.int64)]
-        self._quotes = 0
+        self._before_cell = np.frombuffer(f"{delimiter}\r\n".encode(), np.uint8)
+        self._last = ord("\n")
+        self._inside = 0
+        self._run, self._run_begins = 0, False  # of quotes at the end of the last chunk
 
     def feed(self, codes: np.ndarray, offset: int) -> None:
+        if not len(codes):
+            return
         ends = np.flatnonzero(codes == ord("\n"))
-        quotes = np.flatnonzero(codes == ord('"'))
-        before = self._quotes + np.searchsorted(quotes, ends)
-        self._breaks.append(ends[before % 2 == 0] + offset)
-        self._quotes += len(quotes)
+        at, lengths, begins = self._runs(codes)
+        states = self._states(lengths, begins)
+        self._breaks.append(ends[states[np.searchsorted(at, ends)] == 0] + offset)
+        self._inside, self._last = int(states[-1]), int(codes[-1])
 
     def finish(self, size: int) -> tuple[np.ndarray, np.ndarray, str | None]:
         breaks = np.concatenate(self._breaks)
         damage = None
-        if self._quotes % 2:
+        if self._states(np.array([self._run]), np.array([self._run_begins]))[-1]:
             damage = (
                 "a quote is opened in this row and never closed, so that later rows cannot be "
                 "found; within a quoted cell, write a quote as two"
             )
         return np.concatenate([[self._start], breaks + 1]), np.append(breaks, size), damage
 
+    def _runs(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return position, length and whether it begins a cell of each run that has ended."""
+        quotes = np.flatnonzero(codes == ord('"'))
+        first = np.flatnonzero(np.diff(quotes, prepend=-2) > 1)
+        at = quotes[first]
+        lengths = np.diff(first, append=len(quotes))
+        before = np.where(at > 0, codes[at - 1], self._last)
+        begins = np.isin(before, self._before_cell)
+        if self._run and len(at) and at[0] == 0:
+            lengths[0] += self._run
+            begins[0] = self._run_begins
+        elif self._run:
+            at = np.concatenate([[-1], at])
+            lengths = np.concatenate([[self._run], lengths])
+            begins = np.concatenate([[self._run_begins], begins])
+        self._run = 0
+        if codes[-1] == ord('"'):
+            self._run, self._run_begins = int(lengths[-1]), bool(begins[-1])
+            at, lengths, begins = at[:-1], lengths[:-1], begins[:-1]
+        return at, lengths, begins
+
+    def _states(self, lengths: np.ndarray, begins: np.ndarray) -> np.ndarray:
+        """Return 1 for inside of a quoted cell, 0 for outside: before the first run, and after
+        each.
+        """
+        odd = lengths % 2 == 1
+        turns = np.cumsum(np.concatenate([[self._inside], odd & begins]))
+        ended = np.concatenate([[False], odd & ~begins])
+        # Turns are counted from the last run that left every cell.
+        last = np.maximum.accumulate(np.where(ended, np.arange(len(ended)), -1))
+        states: np.ndarray = (turns - np.where(last >= 0, turns[last], 0)) % 2
+        return states
+
 
 def _header(head: bytes, path: Path) -> tuple[str, list[str]]:
     """Return the delimiter and the names of the columns."""
-    breaks: list[int] = []
-    quotes = 0
-    for line in head.splitlines(keepends=True):
-        quotes += line.count(b'"')
-        breaks.append(len(line))
-        if quotes % 2 == 0 and head[: sum(breaks)].strip():
-            break
-    text = _decoded(head[: sum(breaks)], path=path)
     rows: dict[str, list[str]] = {}
+    reason = ""
     for delimiter in _DELIMITERS:
-        with suppress(DataError):  # a quote that ends where another delimiter stands
+        text = _decoded(_first_row(head, delimiter), path=path)
+        try:
             rows[delimiter] = _cells(text.strip(), delimiter)
+        except DataError as error:  # such as a quote that ends where another delimiter stands
+            reason = error.reason
     if not rows:
-        raise DataError(f"row 1: a broken quote; {_EXPECTED}", file=path)
+        raise DataError(f"row 1: {reason}; {_EXPECTED}", file=path)
     delimiter = max(rows, key=lambda one: len(rows[one]))
     names = [name.strip() for name in rows[delimiter]]
     if "" in names:
@@ -137,6 +178,15 @@ def _header(head: bytes, path: Path) -> tuple[str, list[str]]:
         )
     _require_unique(names, path)
     return delimiter, names
+
+
+def _first_row(head: bytes, delimiter: str) -> bytes:
+    """Return the first row that is not blank."""
+    scan = _RowScan(0, delimiter)
+    scan.feed(np.frombuffer(head, np.uint8), 0)
+    starts, ends, _ = scan.finish(len(head))
+    rows = (head[start:end] for start, end in zip(starts, ends, strict=True))
+    return next((row for row in rows if row.strip()), b"")
 
 
 def _renamed(names: list[str], columns: Mapping[str, str], path: Path) -> list[str]:
@@ -182,4 +232,9 @@ def _cells(row: str, delimiter: str) -> list[str]:
         raise DataError(
             f"a broken quote ({error}); within a quoted cell, write a quote as two"
         ) from None
-    return [] if not rows else rows[0]
+    if len(rows) > 1:
+        raise DataError(
+            f"{len(rows)} rows where one is expected; a carriage return alone ends a row: save the "
+            "table with line feeds, or quote the cell that holds it"
+        )
+    return rows[0] if rows else []

@@ -65,18 +65,22 @@ def files_below(folder: Path, media: Kind) -> list[Path]:
 def media_below(folder: Path, kinds: Collection[str]) -> Iterator[tuple[str, Kind]]:
     """Yield every image and volume at any depth of a folder: its path in the folder, its kind.
 
-    A folder with several DICOM files, other than the given one, is a volume.
+    A folder with several DICOM files, other than the given one, is a volume where volumes are
+    wanted; other images in it stay images. Where only images are wanted, each DICOM file is one.
 
     Args:
         folder: is searched.
-        kinds: what is wanted of a .npy file, which may be either: an image where `kinds` has it.
+        kinds: what is wanted. A .npy file, which may be either, is an image where `kinds` has it.
     """
     images, volumes = files_below(folder, "image"), files_below(folder, "volume")
     arrays = {path for path in images if path.suffix.lower() == ".npy"}
     dicom = [path for path in images if path.suffix.lower() == _DICOM]
     per_folder = Counter(path.parent for path in dicom)
     series = {path for path, count in per_folder.items() if count > 1 and path != folder}
-    images = [path for path in images if path.parent not in series]
+    if "volume" not in kinds:
+        series = set()
+    in_series = {path for path in dicom if path.parent in series}
+    images = [path for path in images if path not in in_series]
     if arrays:
         as_volumes = "image" not in kinds
         images = [path for path in images if not (as_volumes and path in arrays)]

@@ -17,7 +17,7 @@ import queue
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from logging.handlers import QueueHandler
@@ -37,7 +37,6 @@ from medm.data.records import Records
 from medm.data.studies import Studies
 from medm.errors import DataError, InputLostError, MedmError, RecipeError
 from medm.files import atomic_write_text
-from medm.imaging import VolumePreprocess
 from medm.imaging.paths import MissingFileError
 from medm.imaging.sources import rereadable
 from medm.inference.batches import (
@@ -50,9 +49,15 @@ from medm.inference.batches import (
     shard_indices,
 )
 from medm.inference.embedder import EmbeddingEngine, load_embedder, make_files
-from medm.inference.folder_records import Existing, write_file_record, write_folder_records
+from medm.inference.folder_records import Existing, file_record, write_folder_records
 from medm.inference.generator import Reply, load_engine, pick_device
-from medm.inference.mask_writing import MaskCounts, MaskWriter, ReplyMasks, require_format
+from medm.inference.mask_writing import (
+    MaskCounts,
+    MaskWriter,
+    ReplyMasks,
+    require_format,
+    series_choice,
+)
 from medm.inference.options import EmbedOptions, InferOptions, changed_fields
 from medm.inference.output_shards import merged_lines, owned_indices
 from medm.inference.predictions import (
@@ -218,19 +223,31 @@ def infer(
     """
     started = time.monotonic()
     check_files(options)
-    options = with_records(options)
-    job = _open_job(options)
-    records = job.records
-    settings = run_settings(options)
-    if job.masks and isinstance(options, InferOptions):
-        settings |= mask_settings(options)
-    if isinstance(options, InferOptions) and options.report_format != "none":
-        settings |= {"report_format": options.report_format}
-    if job.of_studies:
-        settings |= {"studies": options.studies.model_dump()}
-    owned = owned_indices(records, _own_shard(options))
-    results = Results(_lines_file(options), settings, options.model_dump(include=_NOTED))
-    with _launched() as (rank, world), results.locked() if rank == 0 else nullcontext():
+    with ExitStack() as held:
+        place = None
+        if isinstance(options, InferOptions) and options.data is None:
+            # A run that is refused, here or by the lock, must not change the records of another.
+            place = rank, world = _hold(Results(_lines_file(options), {}), held)
+            if rank == 0:
+                options = with_records(options)
+            _wait_for_all(world)
+            if rank > 0:
+                options = with_records(options, write=False)
+        job = _open_job(options)
+        records = job.records
+        settings, folders = run_settings(options), []
+        if job.masks and isinstance(options, InferOptions):
+            settings |= mask_settings(options)
+        if isinstance(options, InferOptions):
+            folders = [options.masks_folder, options.reports_folder]
+            if options.report_format != "none":
+                settings |= {"report_format": options.report_format}
+        if job.of_studies:
+            settings |= {"studies": options.studies.model_dump()}
+        owned = owned_indices(records, _own_shard(options))
+        noted = options.model_dump(include=_NOTED)
+        results = Results(_lines_file(options), settings, noted, folders)
+        rank, world = place or _hold(results, held)
         if rank == 0:
             results.begin(overwrite=options.overwrite)
         _wait_for_all(world)
@@ -263,6 +280,14 @@ def infer(
         masks=MaskCounts.of(kept) if job.masks else None,
         longest=_longest(options, job),
     )
+
+
+def _hold(results: Results, held: ExitStack) -> tuple[int, int]:
+    """Enter the launch, lock the output on rank 0, and return rank and number of processes."""
+    rank, world = held.enter_context(_launched())
+    if rank == 0:
+        held.enter_context(results.locked())
+    return rank, world
 
 
 def _longest(options: InferOptions | EmbedOptions, job: _Job) -> int | None:
@@ -404,33 +429,59 @@ def _require_different_files(options: InferOptions | EmbedOptions) -> None:
             )
 
 
-def with_records(options: OptionsT) -> OptionsT:
-    """Return the options with an annotation file of their folder or files, which is written.
+def with_records(options: OptionsT, *, write: bool = True) -> OptionsT:
+    """Return the options with an annotation file of their folder or files.
+
+    Args:
+        options: of the run.
+        write: write the file; the caller has the lock of the output.
 
     Raises:
+        RecipeError: the output holds lines about another folder, other files or another prompt.
         DataError: the folder holds no image or volume, or a file is missing.
         OSError: the file cannot be written.
     """
     if not isinstance(options, InferOptions) or options.data is not None:
         return options
-    output = Path(options.output)
+    output, prompt = Path(options.output), str(options.prompt)
     data = output.with_name(f"{output.name}.records.jsonl")
-    study = kind_of_config(load_config(options.model)).pipeline == "studies"
+    config = load_config(options.model)
+    kind = kind_of_config(config)
+    study = kind.pipeline == "studies"
     if options.files:
-        root = write_file_record(data, options.files, str(options.prompt), study=study)
+        text, root = file_record(options.files, prompt, study=study)
+        if write:
+            content = hashlib.sha256(text.encode()).hexdigest()
+            _starts_over(options, {"data_sha256": content, "root": str(root.resolve())})
+            data.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write_text(data, text)
         return options.model_copy(update={"data": str(data), "root": str(root)})
     if study:
         raise RecipeError(
             f"--folder asks a question about each file, and model {options.model} reads studies; "
             "give --data with a record of each study"
         )
-    kinds = load_processor(options.model).preprocess
-    existing: Existing = "replace" if options.overwrite else "extend"
-    if options.merge or options.own_shard is not None:  # tasks on several machines read one list
-        existing = "keep"
     folder = Path(str(options.folder))
-    write_folder_records(data, folder, str(options.prompt), kinds, existing=existing)
+    if write:
+        fresh = _starts_over(options, {"prompt": options.prompt, "root": str(folder.resolve())})
+        existing: Existing = "replace" if fresh else "extend"
+        if options.merge or options.own_shard is not None:  # tasks on several machines: one list
+            existing = "keep"
+        kinds = set(load_processor(options.model).preprocess)
+        if "masks" in kind.gives(config):
+            kinds.add("volume")  # a model of images segments its slices
+        written = [options.masks_folder, options.reports_folder]
+        write_folder_records(data, folder, prompt, kinds, existing=existing, left_out=written)
     return options.model_copy(update={"data": str(data), "root": str(folder)})
+
+
+def _starts_over(options: InferOptions, own: Config) -> bool:
+    """Return whether no records of an earlier run are to be kept. Raises `RecipeError`."""
+    results = Results(_lines_file(options), own)
+    return (
+        results.starts_over(overwrite=options.overwrite, partial=True)
+        or not results.sidecar.exists()
+    )
 
 
 def run_settings(options: InferOptions | EmbedOptions) -> Config:
@@ -553,8 +604,7 @@ class _Shard:
         self.masks: ReplyMasks | None = None
         self.reports: ReportWriter | None = None
         if isinstance(options, InferOptions) and options.report_format != "none":
-            volumes = job.processor.preprocess.get("volume")
-            several = volumes.series if isinstance(volumes, VolumePreprocess) else "only"
+            several = series_choice(job.processor.preprocess.get("volume"))
             self.reports = ReportWriter.of(options, several=several)
         self.sliced: SlicedVolumes | None = None
         """Shows volumes as slices, to models that read images alone."""
@@ -587,7 +637,9 @@ class _Shard:
             slots=options.batch_size,
         )
         if self.job.masks:
-            writer = MaskWriter.of(options)
+            view = self.processor.mask_view
+            several = series_choice(self.processor.preprocess[str(view)])
+            writer = MaskWriter.of(options, several=several)
             segmenter = Segmenter(self.engine, options.segmentation, soft=writer.soft)
             self.masks = ReplyMasks(segmenter, writer)
 

@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 from medm.data.record_files import RecordFile
 from medm.errors import DataError, RecipeError
 from medm.files import atomic_create_text, atomic_write_text
-from medm.imaging.paths import media_below
+from medm.imaging.paths import media_below, split_series
 from medm.types import JsonObject, Kind
 
 Existing: TypeAlias = Literal["extend", "replace", "keep"]
@@ -27,6 +27,7 @@ def write_folder_records(
     kinds: Collection[str],
     *,
     existing: Existing = "extend",
+    left_out: Collection[Path] = (),
 ) -> None:
     """Write a record for each file of a folder, with its path in the folder as `id`.
 
@@ -40,6 +41,7 @@ def write_folder_records(
         kinds: what the model reads; a .npy file is an image for models that read images.
         existing: `extend` adds new files to the records of the file, `replace` starts over, `keep`
             leaves a file that exists as it is, so that processes on several machines have one list.
+        left_out: folders within the folder that are not asked about: those of masks and reports.
 
     Raises:
         RecipeError: the file holds records with another prompt.
@@ -59,7 +61,13 @@ def write_folder_records(
     if known and existing == "keep":
         return
     listed = {record["id"] for record in known}
-    found = dict(media_below(folder, kinds))
+    base, written = folder.resolve(), [path.resolve() for path in left_out]
+    written = [path for path in written if path != base and path.is_relative_to(base)]
+    found = {
+        path: kind
+        for path, kind in media_below(base, kinds)
+        if not any((base / path).is_relative_to(one) for one in written)
+    }
     new = [_record(path, kind, prompt) for path, kind in found.items() if path not in listed]
     if not known and not new:
         raise DataError(
@@ -74,28 +82,21 @@ def write_folder_records(
         write(file, "\n".join(lines) + "\n")
 
 
-def write_file_record(
-    file: Path, files: Sequence[tuple[Kind, str]], prompt: str, *, study: bool
-) -> Path:
-    """Write one record with a question about files together.
+def file_record(files: Sequence[tuple[Kind, str]], prompt: str, *, study: bool) -> tuple[str, Path]:
+    """Return a line of JSONL with a question about files together, and the root of its paths.
 
     Args:
-        file: JSONL to write.
         files: images and volumes with their kinds.
         prompt: the question; a study without one has its report written.
         study: for a model of studies.
 
-    Returns:
-        The folder that the paths of the record are relative to.
-
     Raises:
         DataError: a file is missing.
         RecipeError: a volume for a model of studies.
-        OSError: the record cannot be written.
     """
     paths = [Path(path).expanduser().resolve() for _, path in files]
     for (kind, given), path in zip(files, paths, strict=True):
-        if not path.exists():
+        if not split_series(path)[0].exists():
             raise DataError(f"no such file; expected an {kind}".replace("an v", "a v"), file=given)
         if study and kind == "volume":
             raise RecipeError(f"{given}: a model of studies reads images")
@@ -108,9 +109,7 @@ def write_file_record(
         parts = [{"type": kind, "path": name} for (kind, _), name in zip(files, names, strict=True)]
         text = {"type": "text", "text": f"\n{prompt}"}
         record = {"id": names[0], "messages": [{"role": "user", "content": [*parts, text]}]}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(file, json.dumps(record, ensure_ascii=False) + "\n")
-    return root
+    return json.dumps(record, ensure_ascii=False) + "\n", root
 
 
 def _records(file: Path) -> Iterator[JsonObject]:

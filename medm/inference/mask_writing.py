@@ -8,12 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from medm.errors import DataError, DeviceError
 from medm.files import atomic_file
-from medm.imaging import rle
+from medm.imaging import Preprocess, VolumePreprocess, rle
 from medm.imaging.dicom_seg import write_dicom_seg
 from medm.imaging.mask_output import write_mask
 from medm.imaging.overlay import save_overlay_sheet
@@ -112,6 +113,7 @@ class MaskWriter:
             probabilities, `rle` writes none.
         rle: also write run-length codes into the spans.
         overlays: also write an overlay sheet for each image of a reply.
+        several: what a folder of several DICOM series stands for.
 
     Raises:
         DeviceError: DICOM SEG without highdicom.
@@ -125,22 +127,25 @@ class MaskWriter:
         format: MaskFormat = "auto",
         rle: bool = False,
         overlays: bool = False,
+        several: Literal["only", "largest"] = "only",
     ) -> None:
         require_format(format)
         self.folder, self.beside, self.format = folder, beside, format
         self.rle, self.overlays = rle or format == "rle", overlays
+        self.several = several
 
     @classmethod
-    def of(cls, options: InferOptions) -> MaskWriter:
+    def of(
+        cls, options: InferOptions, *, several: Literal["only", "largest"] = "only"
+    ) -> MaskWriter:
         """Return the writer of a run of batch inference."""
-        output = Path(options.output)
-        folder = Path(options.masks) if options.masks else output.with_name(f"{output.stem}_masks")
         return cls(
-            folder,
-            beside=output.parent,
+            options.masks_folder,
+            beside=Path(options.output).parent,
             format=options.mask_format,
             rle=options.rle,
             overlays=options.overlays,
+            several=several,
         )
 
     @property
@@ -196,7 +201,9 @@ class MaskWriter:
             if self.overlays:
                 sheet = self._path(f"{part}_overlay.png")
                 named = [(mask.phrase.text, mask.mask) for mask in masks]
-                save_overlay_sheet(sheet, as_source(source), named, masks[0].placement)
+                save_overlay_sheet(
+                    sheet, as_source(source), named, masks[0].placement, several=self.several
+                )
                 sheets.append(self._named(sheet))
         if sheets and further is not None:
             further["overlay"] = sheets[0] if len(sheets) == 1 else sheets
@@ -223,7 +230,7 @@ class MaskWriter:
                 raise DataError("masks in DICOM SEG lie on a DICOM series; expected its path")
             path = self._path(f"{stem}.dcm")
             named = [(mask.phrase.text, mask.mask) for mask in masks]
-            write_dicom_seg(path, named, source, masks[0].placement)
+            write_dicom_seg(path, named, source, masks[0].placement, several=self.several)
             for segment, span in enumerate(spans, start=1):
                 span |= {"mask": self._named(path), "segment": segment}
             return
@@ -311,6 +318,11 @@ def require_format(format: MaskFormat) -> None:
             "mask_format dicom-seg needs highdicom; pip install 'medm[dicom]', or choose another "
             "format"
         )
+
+
+def series_choice(preprocess: Preprocess | None) -> Literal["only", "largest"]:
+    """Return what a folder of several DICOM series stands for where it is read in this way."""
+    return preprocess.series if isinstance(preprocess, VolumePreprocess) else "only"
 
 
 def file_stem(name: str) -> str:

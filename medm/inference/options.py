@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
@@ -242,6 +243,18 @@ class InferOptions(InferenceOptions):
         if self.only_failed and self.overwrite:
             raise ValueError("only_failed needs the lines that overwrite would delete")
         return self
+
+    @property
+    def masks_folder(self) -> Path:
+        """Folder of the masks and overlays of replies."""
+        output = Path(self.output)
+        return Path(self.masks) if self.masks else output.with_name(f"{output.stem}_masks")
+
+    @property
+    def reports_folder(self) -> Path:
+        """Folder of the reports."""
+        output = Path(self.output)
+        return Path(self.reports) if self.reports else output.with_name(f"{output.stem}_reports")
 
     report_format: ReportFormat = "none"
     """`dicom-sr` also writes each reply as a DICOM Structured Report that references the DICOM

@@ -98,6 +98,8 @@ class Results:
         output: the JSONL file.
         settings: all that the replies depend on, JSON-able; compared when a run resumes.
         notes: other options, kept beside the settings for the reader and not compared.
+        folders: of the masks, overlays and reports that the lines name; with lines that are removed
+            go their files in these folders.
     """
 
     def __init__(
@@ -105,8 +107,10 @@ class Results:
         output: Path,
         settings: Mapping[str, object],
         notes: Mapping[str, object] | None = None,
+        folders: Sequence[Path] = (),
     ) -> None:
         self.output, self.settings, self.notes = output, dict(settings), dict(notes or {})
+        self.folders = [folder.resolve() for folder in folders]
         self.sidecar = output.with_name(f"{output.name}.run.json")
 
     @contextmanager
@@ -143,28 +147,42 @@ class Results:
             RecipeError: the file holds replies of another run.
             MedmError: a process of a killed run is still writing.
         """
+        if self.starts_over(overwrite=overwrite):
+            self._remove_lines()
+        content = {**self.settings, _NOTES: self.notes}
+        atomic_write_text(
+            self.sidecar, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        )
+
+    def starts_over(self, *, overwrite: bool = False, partial: bool = False) -> bool:
+        """Return whether `begin` removes lines of an earlier run. Writes nothing.
+
+        Args:
+            overwrite: as of `begin`.
+            partial: the settings are some of the run's, and only these are compared.
+
+        Raises:
+            RecipeError: the file holds replies of another run.
+            MedmError: a process of a killed run is still writing.
+        """
         for file in self._files():
             _require_unused(file)
         if overwrite:
-            self._remove_lines()
-        elif self.sidecar.exists():
-            changes = self._changes()
+            return True
+        if self.sidecar.exists():
+            changes = self._changes(partial=partial)
             if changes and any("error" not in line for line in self.done().values()):
                 raise RecipeError(
                     f"{self.output}: holds replies of another run ({'; '.join(changes)}); choose "
                     "another --output, repeat the run as it was, or --overwrite"
                 )
-            if changes:  # a run that answered nothing does not bind the next one
-                self._remove_lines()
-        elif self.output.exists() and self.output.stat().st_size:
+            return bool(changes)  # a run that answered nothing does not bind the next one
+        if self.output.exists() and self.output.stat().st_size:
             raise RecipeError(
                 f"{self.output}: exists, but has no {self.sidecar.name} with its settings; choose "
                 "another --output, or --overwrite it"
             )
-        content = {**self.settings, _NOTES: self.notes}
-        atomic_write_text(
-            self.sidecar, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        )
+        return False
 
     def require_same_settings(self) -> None:
         """Raise `RecipeError` where the file has lines of other settings, or no settings."""
@@ -179,10 +197,15 @@ class Results:
             )
 
     def _remove_lines(self) -> None:
+        for name in {name for file in self._files() for name in _named_files(file)}:
+            path = self.output.parent / name
+            path = path.parent.resolve() / path.name
+            if any(path.is_relative_to(folder) for folder in self.folders) and path.is_file():
+                path.unlink()
         for file in (self.sidecar, *self._files()):
             file.unlink(missing_ok=True)
 
-    def _changes(self) -> list[str]:
+    def _changes(self, *, partial: bool = False) -> list[str]:
         """Return a message for each setting that differs from the run that began the output."""
         try:
             before = json.loads(self.sidecar.read_text(encoding="utf-8"))
@@ -195,7 +218,7 @@ class Results:
             )
         before, now = _upgrade(before), json.loads(json.dumps(self.settings))
         changes = []
-        for key in sorted({*now, *before} - {_NOTES}):
+        for key in sorted((set(now) if partial else {*now, *before}) - {_NOTES}):
             old, new = before.get(key), now.get(key)
             if old == new:
                 continue
@@ -378,6 +401,25 @@ class Appender:
 def encode(line: Mapping[str, object]) -> str:
     """Return one line of JSONL."""
     return json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def _named_files(file: Path) -> Iterator[str]:
+    """Yield the masks, overlays and reports that lines name, as written; damaged ones name none."""
+    with file.open("rb") as stream:
+        for text in stream:
+            try:
+                line = json.loads(text)
+            except (ValueError, RecursionError):
+                continue
+            if not isinstance(line, dict):
+                continue
+            named = [line.get("report_file"), line.get("overlay")]
+            for value in (line.get("overlay"), line.get("spans")):
+                named += value if isinstance(value, list) else []
+            for one in named:
+                name = one.get("mask") if isinstance(one, dict) else one
+                if isinstance(name, str) and "\0" not in name:
+                    yield name
 
 
 def read_lines(file: Path) -> Iterator[ResultLine]:

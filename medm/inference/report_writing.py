@@ -61,11 +61,8 @@ class ReportWriter:
         cls, options: InferOptions, *, several: Literal["only", "largest"] = "only"
     ) -> ReportWriter:
         """Return the writer of a run of batch inference."""
-        output = Path(options.output)
-        folder = output.with_name(f"{output.stem}_reports")
-        if options.reports is not None:
-            folder = Path(options.reports)
-        return cls(folder, beside=output.parent, several=several)
+        beside = Path(options.output).parent
+        return cls(options.reports_folder, beside=beside, several=several)
 
     def write(self, name: str, reply: Line, media: Sequence[Shown]) -> Line:
         """Write one reply; a file of the same name is replaced. An empty one has no report.

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from medm.errors import MedmError
-from medm.inference.mask_writing import MaskWriter
+from medm.inference.mask_writing import MaskWriter, series_choice
 from medm.inference.options import GenerationOptions
 from medm.inference.segmenter import Grounded
 from medm.serving.errors import ServingError, as_serving_error
@@ -339,7 +339,9 @@ class JobRunner:
                 span["mask"] = len(job.masks) - 1
         series = [file for file in files if file.is_series]
         if job.masks and series and find_spec("highdicom") is not None:
-            seg = MaskWriter(folder / _SEG, beside=folder, format="dicom-seg")
+            processor = self.worker.processor
+            several = series_choice(processor.preprocess[str(processor.mask_view)])
+            seg = MaskWriter(folder / _SEG, beside=folder, format="dicom-seg", several=several)
             named = seg.spans_of("seg", grounded, stream.media)
             job.dicom_seg = folder / named[0]["mask"]
         return {"text": grounded.text.text, "raw": grounded.text.raw, "masks": spans}

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import pydicom
 
@@ -43,6 +44,11 @@ class SmallArchive(ThreadingHTTPServer):
         """Sent in place of every answer."""
         self.failure: int | None = None
         """Failure Reason of stored instances."""
+        self.page: int | None = None
+        """Most series of one answer."""
+        self.knows_offset = True
+        self.total: int | None = None
+        """NumberOfStudyRelatedSeries."""
         self.seen: list[str] = []
         """Values of the header Authorization."""
 
@@ -86,6 +92,12 @@ class _Handler(BaseHTTPRequestHandler):
                         "00201209": {"vr": "IS", "Value": [len(own)]},
                     }
                 )
+            if self.server.total is not None:
+                for entry in listed:
+                    entry["00201206"] = {"vr": "IS", "Value": [self.server.total]}
+            asked = parse_qs(self.path.partition("?")[2]).get("offset", ["0"])[0]
+            start = int(asked) if self.server.knows_offset else 0
+            listed = listed[start:][: self.server.page]
             self._answer(json.dumps(listed).encode(), "application/dicom+json")
             return
         own = [one for one in of_study if one.SeriesInstanceUID == parts[3]]

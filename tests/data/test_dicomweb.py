@@ -122,6 +122,27 @@ def test_what_goes_wrong_is_named_without_an_identifier(
     assert study not in caplog.text and "Canary" not in caplog.text
 
 
+def test_every_page_of_the_series_is_asked_for(archive: SmallArchive, tmp_path: Path) -> None:
+    files = series(tmp_path / "ct")[:5]
+    for number, file in enumerate(files):
+        dataset = pydicom.dcmread(file)
+        dataset.SeriesInstanceUID = f"1.2.{number}"
+        dataset.save_as(file)
+    study = str(dataset.StudyInstanceUID)
+    client = Archive(archive.url, Credentials())
+    client.store(files)
+    archive.page = 2
+    assert client.fetch([study], tmp_path / "unknown total").series == 5
+    archive.total = 5
+    assert client.fetch([study], tmp_path / "known total").series == 5
+    archive.knows_offset = False
+    with pytest.raises(MedmError, match="study 1: lists 2 of 5 series") as raised:
+        client.fetch([study], tmp_path / "out")
+    assert study not in str(raised.value) and not (tmp_path / "out").exists()
+    archive.total, archive.page = None, None
+    assert client.fetch([study], tmp_path / "one page").series == 5
+
+
 def test_limits(archive: SmallArchive, tmp_path: Path) -> None:
     files = series(tmp_path / "ct")
     study = str(pydicom.dcmread(files[0]).StudyInstanceUID)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medm.data.leaks import find_shared, read_contents, read_facts
+from medm.data.leaks import Contents, RecordFacts, find_shared, read_contents, read_facts
 from medm.data.splitting import split_file
 from medm.errors import DataError, RecipeError
 from medm.imaging.image_hash import image_hash
@@ -188,3 +188,119 @@ def test_what_cannot_be_split(tmp_path: Path, data: Path) -> None:
     assert done.code == 1 and "--allow-missing" in done.err
     done = medm("data", "split", str(data), "--by", "patient", "--val", "0.2")
     assert done.code == 0 and "all.val.jsonl: 12 records" in done.out
+
+
+def studies(file: Path, groups: dict[str, int], **further: Any) -> Path:
+    """Records of patients, as many each as given; images need not exist."""
+    return write(
+        file,
+        [
+            record(f"{patient}-{n}.png", f"{patient} {n}", patient=patient, **further)
+            for patient, count in groups.items()
+            for n in range(count)
+        ],
+    )
+
+
+def test_a_record_without_the_field_stays_with_its_study_or_patient(tmp_path: Path) -> None:
+    records = [
+        {**record(f"{s}-{n}.png", f"{s} {n}"), "study": f"S{s}", **({"patient": s} if n else {})}
+        for s in range(20)
+        for n in range(3)
+    ]
+    file = write(tmp_path / "a.jsonl", records)
+    for seed in range(3):
+        done = split_file(file, by="patient", val=0.3, seed=seed, allow_missing=True)
+        assert not done.shared and done.missing == 20
+        assert done.joined == 20
+    by_patient = [
+        {**record(f"{p}-{n}.png", f"{p} {n}"), "patient": p, **({"study": f"{p}-{n}"} if n else {})}
+        for p in range(20)
+        for n in range(3)
+    ]
+    done = split_file(
+        write(tmp_path / "b.jsonl", by_patient), by="study", val=0.3, allow_missing=True
+    )
+    assert not done.shared and done.missing == 20
+
+
+def test_a_split_of_an_earlier_run_is_not_left_beside_new_ones(tmp_path: Path) -> None:
+    file = studies(tmp_path / "a.jsonl", {f"p{n}": 1 for n in range(10)})
+    first = split_file(file, by="patient", val=0.2, test=0.2)
+    train = first.files["train"].read_text()
+    with pytest.raises(DataError, match=r"a\.test\.jsonl: .*no test set is asked for"):
+        split_file(file, by="patient", val=0.2, seed=1)
+    assert first.files["train"].read_text() == train
+    with pytest.raises(DataError, match=r"a\.val\.jsonl: .*no val set is asked for"):
+        split_file(file, by="patient", val=0, test=0.2)
+    first.files["test"].unlink()
+    assert set(split_file(file, by="patient", val=0.2, seed=1).files) == {"train", "val"}
+
+
+def test_a_large_group_does_not_fill_a_small_split(tmp_path: Path) -> None:
+    sizes = {"large": 30, **{f"p{n}": 1 for n in range(10)}}
+    file = studies(tmp_path / "a.jsonl", sizes)
+    for seed in range(8):
+        done = split_file(file, by="patient", val=0.1, seed=seed)
+        assert done.counts == {"train": 36, "val": 4} and not done.large
+
+
+def test_a_split_that_no_group_fits_gets_the_smallest_and_a_warning(tmp_path: Path) -> None:
+    file = studies(tmp_path / "a.jsonl", {"a": 30, "b": 12, "c": 10})
+    for seed in range(4):
+        done = split_file(file, by="patient", val=0.1, test=0.1, seed=seed)
+        assert done.counts == {"train": 30, "val": 12, "test": 10}
+        assert done.large == {"val": 0.1, "test": 0.1}
+    done = medm("data", "split", str(file), "--by", "patient", "--test", "0.1")
+    assert done.code == 0 and "warning: val has 23% of the records, 10% were asked for" in done.out
+
+
+def volume(path: str, **further: Any) -> dict[str, Any]:
+    turns = [{"from": "human", "value": "<volume>\n?"}, {"from": "gpt", "value": path}]
+    return {"volume": path, "conversations": turns, **further}
+
+
+def test_a_folder_without_a_mark_is_each_of_its_series(tmp_path: Path) -> None:
+    for folder, content in (("ct", b"a"), ("copy", b"a"), ("mr", b"b")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.dcm").write_bytes(content)
+
+    def shared(train: str, test: str) -> set[str]:
+        files = [
+            write(tmp_path / f"{name}.jsonl", [volume(path)])
+            for name, path in (("train", train), ("test", test))
+        ]
+        splits = {file.stem: read_facts(file, root=None) for file in files}
+        facts = [one for records in splits.values() for one in records]
+        return set(find_shared(splits, read_contents(facts)))
+
+    assert shared("ct", "copy#3") == {"content"}
+    assert shared("copy#3", "ct") == {"content"}
+    assert shared("ct", "ct#3") == {"path"} | (shared("ct", "ct") - {"path", "text"})
+    assert shared("ct#3", "copy#3") == {"content"}
+    assert shared("ct#3", "copy#4") == shared("ct#3", "ct#4") == shared("ct", "mr#3") == set()
+
+
+def test_images_with_uniform_borders_are_not_each_compared_with_each() -> None:
+    compared = 0
+
+    class Bits(int):
+        def __xor__(self, other: int) -> int:
+            nonlocal compared
+            compared += 1
+            return int(self) ^ int(other)
+
+    rng = np.random.default_rng(0)
+    hashes: dict[Path, int] = {}
+    splits: dict[str, list[RecordFacts]] = {"train": [], "test": []}
+    for number in range(400):
+        for name in ("train", "test"):
+            # Six bands of 19 bits between three and four of zeros; three images are in both.
+            if name == "train" or number >= 3:
+                bits = int.from_bytes(rng.bytes(14), "little") << 57
+            path = Path(f"{name}/{number}.png")
+            hashes[path] = Bits(bits ^ (name == "test") << 70)
+            splits[name].append(RecordFacts(Path(f"{name}.jsonl"), number, images=(path,)))
+    found = find_shared(splits, Contents(hashes=hashes))
+    assert found["near duplicate"].count == 3
+    assert compared < 400

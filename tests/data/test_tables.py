@@ -59,6 +59,51 @@ def test_any_table_comes_back_whatever_the_chunk(
     ]
 
 
+QUOTED = CELLS.map(lambda text: '"' + text.replace('"', '""') + '"')
+PLAIN = st.text("a\"' é中", max_size=6).filter(lambda text: not text.startswith('"'))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=st.lists(st.tuples(QUOTED | PLAIN, QUOTED | PLAIN), min_size=1, max_size=6),
+    delimiter=st.sampled_from(",;\t"),
+    chunk=st.integers(1, 40),
+)
+def test_rows_are_those_of_the_csv_module_where_quotes_stand_in_plain_cells(
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: list[tuple[str, str]],
+    delimiter: str,
+    chunk: int,
+) -> None:
+    lines = [("n", "image", "caption"), *((f"r{n}", *row) for n, row in enumerate(rows))]
+    text = "".join(delimiter.join(cells) + "\n" for cells in lines)
+    path = write(tmp_path_factory.mktemp("t") / "a.csv", text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(record_files, "_CHUNK", chunk)
+        found = list(TableFile(path))
+    names, *expected = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    assert len(expected) == len(rows)
+    assert found == [
+        {name: cell for name, cell in zip(names, row, strict=True) if cell.strip()}
+        for row in expected
+    ]
+
+
+def test_inch_marks_in_plain_cells_join_no_rows(tmp_path: Path) -> None:
+    text = 'id,image,caption\n1,a.png,5" tube\n2,b.png,normal\n3,c.png,7" tube\n4,d.png,"8"" x"\n'
+    found = [row["caption"] for row in TableFile(write(tmp_path / "a.csv", text))]
+    assert found == ['5" tube', "normal", '7" tube', '8" x']
+    header = write(tmp_path / "b.csv", 'image,size (")\na.png,5\nb.png,7\n')
+    assert [row['size (")'] for row in TableFile(header)] == ["5", "7"]
+
+
+def test_a_carriage_return_that_hides_a_row_is_an_error(tmp_path: Path) -> None:
+    table = TableFile(write(tmp_path / "a.csv", "image,caption\na,b\rc,d\ne,f\n"))
+    assert table[1] == {"image": "e", "caption": "f"}
+    with pytest.raises(DataError, match="record 0: line 2: 2 rows where one is expected"):
+        table[0]
+
+
 def test_columns_stand_for_fields_and_others_keep_their_names(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tsv", "filepath\ttitle\tsex\nx.png\tClear, both.\tF\n")
     table = TableFile(path, {"image": "filepath", "caption": "title"})
@@ -76,6 +121,7 @@ def test_columns_stand_for_fields_and_others_keep_their_names(tmp_path: Path) ->
         ("image,,c\na,b,c\n", None, "row 1: column 2 of 3 has no name"),
         ("image,caption\n", None, "the file holds no records"),
         ('"image"x\na\n', None, "row 1: a broken quote"),
+        ("image,caption\ra,b\rc,d\r", None, "row 1: 3 rows where one is expected; a carriage"),
         ("", None, "the file is empty; expected a table"),
         (b"PAR1....", None, "looks like a Parquet file"),
         (b"\xff\xfei\0", None, "UTF-16; save it as UTF-8"),

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK as sitk
 from PIL import Image
 
-from medm.errors import DataError, DeviceError, RecipeError
-from medm.imaging import rle
+from medm.errors import DataError, DeviceError, MedmError, RecipeError
+from medm.imaging import VolumePreprocess, prepare, rle
 from medm.inference.batch import InferSummary, infer
 from medm.inference.folder_records import write_folder_records
-from medm.inference.mask_writing import MaskCounts, MaskWriter, file_stem
+from medm.inference.grounded_text import GroundedText, Phrase
+from medm.inference.mask_writing import MaskCounts, MaskWriter, file_stem, series_choice
 from medm.inference.options import GenerationOptions, InferOptions
+from medm.inference.predictions import Results
+from medm.inference.segmenter import Grounded, MaskPrediction, Shown
 from tests.cli.runner import medm
+from tests.imaging.test_dicom_seg import complete
+from tests.imaging.tiny import body, phantom, write_series
 from tests.inference.grounded import answering, save_grounded
 from tests.inference.tiny import read_output, save_image, save_tiny, write_records
 from tests.models import plain_head
@@ -210,7 +217,7 @@ def test_a_folder_is_asked_about_and_new_files_are_added(model: Path, tmp_path: 
     for span in lines[2]["spans"]:
         assert (output.parent / span["mask"]).resolve().parent == (tmp_path / "m").resolve()
     other = given | {"prompt": "Segment the heart"}
-    with pytest.raises(RecipeError, match="with another prompt"):
+    with pytest.raises(RecipeError, match="prompt was 'Segment the lesion' and is now"):
         run(model, output, **other)
     assert run(model, output, overwrite=True, **other).resumed == 0
     with pytest.raises(DataError, match="expected the folder that holds it"):
@@ -218,6 +225,54 @@ def test_a_folder_is_asked_about_and_new_files_are_added(model: Path, tmp_path: 
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no image or volume"):
         run(model, output.with_name("x.jsonl"), **(given | {"folder": str(tmp_path / "empty")}))
+
+
+def test_a_refused_run_changes_no_records(model: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save_image(tmp_path / name / "1.png", 1)
+        save_image(tmp_path / name / f"{name}.png", 2)
+    output = tmp_path / "o.jsonl"
+    given = {"folder": str(tmp_path / "a"), "prompt": "What?"}
+    run(model, output, **given)
+    records_file = tmp_path / "o.jsonl.records.jsonl"
+    before = records_file.read_text()
+    with pytest.raises(RecipeError, match=r"root was .*a' and is now .*b'"):
+        run(model, output, **(given | {"folder": str(tmp_path / "b")}))
+    with pytest.raises(RecipeError, match="the data file changed"):
+        run(model, output, image=[str(tmp_path / "b" / "b.png")], prompt="What?")
+    with (
+        Results(output, {}).locked(),
+        pytest.raises(MedmError, match="another run is writing"),
+    ):
+        run(model, output, overwrite=True, **(given | {"folder": str(tmp_path / "b")}))
+    assert records_file.read_text() == before
+    output.unlink()
+    (tmp_path / "o.jsonl.run.json").unlink()
+    run(model, output, **(given | {"folder": str(tmp_path / "b")}))
+    assert [line["id"] for line in read_output(output)] == ["1.png", "b.png"]
+
+
+def test_an_output_within_the_folder_is_not_asked_about(model: Path, tmp_path: Path) -> None:
+    save_image(tmp_path / "a.png", 1)
+    save_image(tmp_path / "b.png", 2)
+    given = {"folder": str(tmp_path), "prompt": "What is it", "overlays": True}
+    run(model, tmp_path / "out" / "o.jsonl", **given)
+    assert list((tmp_path / "out" / "o_masks").iterdir())
+    again = run(model, tmp_path / "out" / "o.jsonl", **given)
+    assert (again.records, again.resumed) == (2, 2)
+    file, masks = tmp_path / "r.jsonl", tmp_path / "out" / "o_masks"
+    write_folder_records(file, masks, "?", ["image"], left_out=[masks, tmp_path])
+    assert file.read_text(), "the folder itself is asked about where that is wanted"
+
+
+def test_changed_settings_remove_masks_of_earlier_lines(model: Path, tmp_path: Path) -> None:
+    data = records(tmp_path)
+    run(model, tmp_path / "o.jsonl", data=str(data), overlays=True)
+    old = {path.name for path in (tmp_path / "o_masks").iterdir()}
+    assert any(name.endswith("_overlay.png") for name in old)
+    run(model, tmp_path / "o.jsonl", data=str(data), mask_format="npy", overwrite=True)
+    left = {path.name for path in (tmp_path / "o_masks").iterdir()}
+    assert left and all(name.endswith(".npy") for name in left)
 
 
 def test_files_of_a_folder_by_kind(tmp_path: Path) -> None:
@@ -233,7 +288,7 @@ def test_files_of_a_folder_by_kind(tmp_path: Path) -> None:
         assert found[0]["messages"][0]["content"][1] == {"type": "text", "text": "\n<image> What?"}
         return {record["id"]: record["messages"][0]["content"][0]["type"] for record in found}
 
-    assert kinds("image", "image@masks") == {
+    assert kinds("image", "image@masks", "volume") == {
         "a.png": "image",
         "ct": "volume",
         "one/1.dcm": "image",
@@ -241,6 +296,11 @@ def test_files_of_a_folder_by_kind(tmp_path: Path) -> None:
         "x.npy": "image",
     }
     assert kinds("volume")["x.npy"] == "volume"
+    (tmp_path / "ct" / "photo.png").touch()
+    assert kinds("image", "volume").keys() >= {"ct", "ct/photo.png"}
+    classes = kinds("image")
+    assert "ct" not in classes
+    assert all(classes[f"ct/{name}"] == "image" for name in ("1.dcm", "2.dcm", "photo.png"))
 
 
 def volume_file(file: Path) -> None:
@@ -338,6 +398,31 @@ def test_options_that_do_not_go_together(model: Path, tmp_path: Path) -> None:
         )
     assert file_stem("000001_q/1: é ä") == "000001_q-1"
     assert file_stem("..") == "reply"
+
+
+@pytest.mark.skipif(find_spec("highdicom") is None, reason="comes with the extra 'dicom'")
+def test_masks_lie_on_the_series_that_was_read(tmp_path: Path) -> None:
+    folder = tmp_path / "ct"
+    small = sitk.RegionOfInterest(phantom(), [26, 20, 6], [0, 0, 0])
+    write_series(folder, small, change=complete, number=3, prefix="A")
+    write_series(folder, phantom(), change=complete, number=4, prefix="B")
+    preprocess = VolumePreprocess(windows=[[-1000, 1000]], size=None, series="largest")
+    placement = prepare(folder, preprocess).placement
+    phrase = Phrase(0, 5, "liver")
+    mask = MaskPrediction(0, phrase, "volume", 0, body() > 0, placement, 1.0, 1.0, False)
+    grounded = Grounded(GroundedText("liver", "liver[SEG]", (phrase,), 0), (mask,))
+    given = {"model": "m", "data": "d", "output": str(tmp_path / "o.jsonl"), "overlays": True}
+    options = InferOptions(**given, mask_format="dicom-seg")
+    shown = [Shown("volume", folder)]
+    further: dict[str, Any] = {}
+    writer = MaskWriter.of(options, several=series_choice(preprocess))
+    (span,) = writer.spans_of("a", grounded, shown, further)
+    seg = pydicom.dcmread(tmp_path / span["mask"])
+    read = pydicom.dcmread(next(folder.glob("B*"))).SeriesInstanceUID
+    assert seg.ReferencedSeriesSequence[0].SeriesInstanceUID == read
+    assert (tmp_path / further["overlay"]).is_file()
+    with pytest.raises(DataError, match="2 series fit"):
+        MaskWriter.of(options).spans_of("a", grounded, shown)
 
 
 def test_what_a_model_or_machine_cannot_do(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from importlib.util import find_spec
 from pathlib import Path
@@ -79,3 +80,25 @@ def test_options(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("medm.inference.report_writing.find_spec", lambda name: None)
     with pytest.raises(DeviceError, match=r"needs highdicom; pip install 'medm\[dicom\]'"):
         infer(options(model, tmp_path, report_format="dicom-sr"))
+
+
+def test_files_of_removed_lines_go_with_them(model: Path, tmp_path: Path) -> None:
+    """Only in the folder of the reports: a line may name any file."""
+    for name in ("a.dcm", "b.dcm"):
+        radiograph(tmp_path / name)
+    given = [question("a.dcm"), question("b.dcm")]
+    write_records(tmp_path, given).rename(tmp_path / "in.json")
+    infer(options(model, tmp_path, report_format="dicom-sr"))
+    reports, output = tmp_path / "o_reports", tmp_path / "o.jsonl"
+    assert len(list(reports.iterdir())) == 2
+    (tmp_path / "kept.dcm").touch()
+    (reports / "own.txt").touch()
+    named = ["kept.dcm", "o_reports/../kept.dcm", "o_reports", str(tmp_path / "kept.dcm")]
+    with output.open("a") as stream:
+        for index, name in enumerate(named, start=2):
+            stream.write(json.dumps({"index": index, "report_file": name}) + "\n")
+        stream.write('damaged\n{"index": 9, "overlay": ["\\u0000"], "spans": [{"mask": null}]}\n')
+    write_records(tmp_path, given[:1]).rename(tmp_path / "in.json")
+    infer(options(model, tmp_path, report_format="dicom-sr", overwrite=True))
+    assert sorted(path.name for path in reports.iterdir()) == ["000000_a.dcm.dcm", "own.txt"]
+    assert (tmp_path / "kept.dcm").exists()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
 
+from medm.errors import DataError
 from medm.inference.batch import infer
+from medm.inference.folder_records import file_record
 from medm.inference.options import GenerationOptions, InferOptions
 from tests.cli.runner import medm
 from tests.inference.tiny import questions, read_output, save_image, save_tiny, write_records
@@ -102,3 +105,13 @@ def test_csv_has_id_reply_and_error(world: Path, tmp_path: Path) -> None:
     assert rows[0]["reply"] == lines[0]["reply"] and rows[0]["error"] == ""
     assert rows[1]["reply"] == "" and "missing.png" in rows[1]["error"]
     assert rows[2]["id"] == 'a "quoted", id'
+
+
+def test_a_series_of_a_folder_can_be_named(tmp_path: Path) -> None:
+    (tmp_path / "ct").mkdir()
+    for name in ("ct#3", "ct#1.2.840"):
+        text, root = file_record([("volume", str(tmp_path / name))], "?", study=False)
+        assert root == tmp_path and json.loads(text)["id"] == name
+    for name in ("mr#3", "ct#"):
+        with pytest.raises(DataError, match="no such file; expected a volume"):
+            file_record([("volume", str(tmp_path / name))], "?", study=False)

@@ -54,6 +54,8 @@ _REFUSED_FIELDS = {
     "chosen": "preferences", "rejected": "preferences", "rejected_response": "preferences",
     "objects": "boxes of ms-swift; write them as regions or text",
 }  # fmt: skip
+_KEPT_FIELDS = ("id", "task", "patient", "study")
+"""Kept as they are; `medm data split` needs patients and studies."""
 _REFUSED_KEYS = ("hf_hub_url", "ms_hub_url", "om_hub_url", "cloud_file_name", "script_url")
 _IGNORED_KEYS = {"subset", "split", "folder"}
 """Of sources on a hub; without one they have no meaning."""
@@ -211,7 +213,7 @@ def _record(row: Mapping[str, object], source: RowSource) -> JsonObject:
     for field, what in _REFUSED_FIELDS.items():
         if row.get(field) and field not in columns.values():
             raise DataError(f"medm does not train {what}", field=field)
-    record: JsonObject = {key: row[key] for key in ("id", "task") if key in row}
+    record: JsonObject = {key: row[key] for key in _KEPT_FIELDS if key in row}
     files: dict[Kind, list[str]] = {"image": _paths(row, columns["images"], "image")}
     files["volume"] = _paths(row, columns["volumes"], "volume")
     for kind, paths in files.items():

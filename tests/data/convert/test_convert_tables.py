@@ -234,6 +234,15 @@ def test_rows_of_other_programs(tmp_path: Path) -> None:
         "Hello?", "Yes.", "And <image>now?", "Still.",
     ]  # fmt: skip
     assert one["system"] == "Be kind."
+    rows = [{**ALPACA, "patient": n // 2, "study": f"s{n}"} for n in range(8)]
+    (tmp_path / "patients.json").write_text(json.dumps(rows))
+    convert("rows", tmp_path / "patients.json", tmp_path / "p.jsonl")
+    assert [(one["patient"], one["study"]) for one in records(tmp_path / "p.jsonl")] == [
+        (n // 2, f"s{n}") for n in range(8)
+    ]
+    table(tmp_path, ("instruction", "output", "input", "patient"), ("Why?", "So.", "", "P1"))
+    convert("rows", tmp_path / "t.csv", tmp_path / "t.jsonl")
+    assert records(tmp_path / "t.jsonl")[0]["patient"] == "P1"
 
 
 def test_a_registry_of_sources(tmp_path: Path) -> None:
