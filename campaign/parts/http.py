@@ -11,8 +11,11 @@ import asyncio
 import atexit
 import io
 import json
+import logging
 import random
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 
@@ -38,6 +41,23 @@ LIMITS = Limits(
     max_voxels=100_000,
 )
 BOUNDARY = "campaign-boundary"
+
+
+@contextmanager
+def _logged() -> Iterator[list[str]]:
+    """Give the errors that the server logs inside the block."""
+    lines: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    handler, logger = Handler(logging.ERROR), logging.getLogger("medm.serving")
+    logger.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
 
 
 def _form(name: str, content: bytes) -> bytes:
@@ -108,9 +128,12 @@ def _run(folder: Path, name: str, number: int, seed: int) -> None:
     rng = random.Random(f"{seed} {name} {number}")
     body = mutated(whole, rng, text=kind == JSON) if number else whole
     gate = _gate(str(folder / "model"))
-    response = asyncio.run(post(gate, path, kind, body))
+    with _logged() as lines:
+        response = asyncio.run(post(gate, path, kind, body))
     if response.status_code >= 500:
-        raise WrongResultError(f"status {response.status_code}: {response.text[:300]}")
+        raise WrongResultError(
+            f"status {response.status_code}: {response.text[:300]}; the log: {'; '.join(lines)}"
+        )
     if response.status_code >= 400:
         error = response.json()["error"]
         if set(error) != {"message", "type", "param", "code"}:

@@ -278,7 +278,10 @@ def unpack_series(archive: Path, folder: Path, *, max_bytes: int) -> int:
     left = max_bytes
     try:
         with zipfile.ZipFile(archive) as opened:
-            members = [member for member in opened.infolist() if not member.is_dir()]
+            members = opened.infolist()
+            if not all(member.filename for member in members):  # is_dir would fail
+                raise zipfile.BadZipFile("a member without a name")
+            members = [member for member in members if not member.is_dir()]
             if len(members) > MAX_FRAMES:
                 raise ServingError(
                     "body_too_large",

@@ -254,3 +254,18 @@ def test_an_upload_that_comes_in_is_waited_for_while_the_server_drains(live: Liv
     assert asyncio.run(draining.on_tick(1)) is False
     draining.gate.bodies = 0
     assert asyncio.run(draining.on_tick(2)) is True
+
+
+def test_a_zip_whose_member_has_no_name_is_damaged(live: Live, tmp_path: Path) -> None:
+    """Python's zipfile meets it with an IndexError."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("n", b"content")
+    content = bytearray(stream.getvalue())
+    for mark, at in ((b"PK\x03\x04", 26), (b"PK\x01\x02", 28)):  # the lengths of the name
+        start = content.index(mark)
+        content[start + at : start + at + 2] = b"\0\0"
+        content[start + at + 2 : start + at + 4] = b"\1\0"  # its letter is an extra field
+    with live.client() as client:
+        response = client.post("/v1/files", files={"file": ("a.zip", bytes(content))})
+    assert code(response) == (400, "invalid_file")
