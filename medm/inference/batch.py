@@ -17,7 +17,7 @@ import queue
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from logging.handlers import QueueHandler
@@ -223,16 +223,14 @@ def infer(
     """
     started = time.monotonic()
     check_files(options)
-    with ExitStack() as held:
-        place = None
-        if isinstance(options, InferOptions) and options.data is None:
-            # A run that is refused, here or by the lock, must not change the records of another.
-            place = rank, world = _hold(Results(_lines_file(options), {}), held)
-            if rank == 0:
-                options = with_records(options)
-            _wait_for_all(world)
-            if rank > 0:
-                options = with_records(options, write=False)
+    output = Results(_lines_file(options), {})
+    with _launched() as (rank, world), output.locked() if rank == 0 else nullcontext():
+        # A run that is refused, by the lock or for its settings, changes no records of another.
+        if rank == 0:
+            options = with_records(options)
+        _wait_for_all(world)
+        if rank > 0:
+            options = with_records(options, write=False)
         job = _open_job(options)
         records = job.records
         settings, folders = run_settings(options), []
@@ -247,7 +245,6 @@ def infer(
         owned = owned_indices(records, _own_shard(options))
         noted = options.model_dump(include=_NOTED)
         results = Results(_lines_file(options), settings, noted, folders)
-        rank, world = place or _hold(results, held)
         if rank == 0:
             results.begin(overwrite=options.overwrite)
         _wait_for_all(world)
@@ -280,14 +277,6 @@ def infer(
         masks=MaskCounts.of(kept) if job.masks else None,
         longest=_longest(options, job),
     )
-
-
-def _hold(results: Results, held: ExitStack) -> tuple[int, int]:
-    """Enter the launch, lock the output on rank 0, and return rank and number of processes."""
-    rank, world = held.enter_context(_launched())
-    if rank == 0:
-        held.enter_context(results.locked())
-    return rank, world
 
 
 def _longest(options: InferOptions | EmbedOptions, job: _Job) -> int | None:

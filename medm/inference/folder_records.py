@@ -97,7 +97,8 @@ def file_record(files: Sequence[tuple[Kind, str]], prompt: str, *, study: bool) 
     paths = [Path(path).expanduser().resolve() for _, path in files]
     for (kind, given), path in zip(files, paths, strict=True):
         if not split_series(path)[0].exists():
-            raise DataError(f"no such file; expected an {kind}".replace("an v", "a v"), file=given)
+            expected = "an image" if kind == "image" else "a volume"
+            raise DataError(f"no such file; expected {expected}", file=given)
         if study and kind == "volume":
             raise RecipeError(f"{given}: a model of studies reads images")
     root = Path(os.path.commonpath([path.parent for path in paths]))

@@ -12,6 +12,7 @@ metrics.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
@@ -21,6 +22,16 @@ from medm.registry import Registry
 
 if TYPE_CHECKING:
     from medm.metrics.base import Metric
+
+
+_SMALLER = re.compile(
+    r"(malformed|repaired|unparsed|unreadable|hd95|false-positive-rate|median-rank|radcliq.*)$"
+)
+
+
+def smaller_is_better(result: str) -> bool:
+    """Return whether smaller values of a result are better, by its name (`hd95`)."""
+    return _SMALLER.search(result) is not None
 
 
 class MetricOptions(Options):

@@ -334,7 +334,8 @@ class ModelKind(ABC, Generic[OptionsT, ModelT, ProcessorT]):
             processor: of the model.
             fields: what is asked for, some of the options' `predicted_fields`.
             batch_size: items that are answered at once.
-            max_new_tokens: longest reply in tokens; None for the kind's own.
+            max_new_tokens: longest reply in tokens, for kinds whose options have `longest_reply`;
+                None for those.
         """
         raise NotImplementedError(f"model kind {type(self).__name__} answers no items in training")
 

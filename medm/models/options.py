@@ -38,6 +38,10 @@ class ModelOptions(Options):
         """Fields of predictions that the kind gives during the training (`ModelKind.answerer`)."""
         return frozenset()
 
+    longest_reply: ClassVar[int | None] = None
+    """Longest reply in tokens during the training where a monitor sets none; None for kinds whose
+    replies a monitor cannot bound."""
+
     scores_texts: ClassVar[bool] = False
     """True if the kind defines `ModelKind.embedder`: its models score texts for an image."""
 

@@ -8,6 +8,7 @@ No other host is asked, neither by this process nor by the page.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import socket
@@ -102,7 +103,7 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Delete expired files from time to time: they go even if no request comes."""
         if counter % SWEEP_TICKS == 0:
-            self.app.sweep()
+            await asyncio.to_thread(self.app.sweep)
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

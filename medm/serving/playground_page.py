@@ -101,6 +101,14 @@ def _add(play: Playground, session: Session, path: str | None) -> None:
     session.pending.append(file)
 
 
+def _add_and_view(play: Playground, session: Session, path: str | None) -> dict[str, Any] | None:
+    try:
+        _add(play, session, path)
+        return _view(play, session)
+    except MedmError as error:
+        raise _shown_error(error) from None
+
+
 def _view(play: Playground, session: Session) -> dict[str, Any] | None:
     return play.views.of_file(session, session.files[-1]) if session.files else None
 
@@ -140,11 +148,7 @@ def _chat_section(play: Playground, workers: Mapping[int, Worker]) -> None:
 
     def added(path: str | None, request: gr.Request) -> list[Any]:
         with play.sessions.handling(_page(request)) as session:
-            try:
-                _add(play, session, path)
-                view = _view(play, session)
-            except MedmError as error:
-                raise _shown_error(error) from None
+            view = _add_and_view(play, session, path)
         shown = [viewer(view, f"chat-{number}") for number in workers]
         return [None, _waiting([describe(session.pending)]), *shown]
 
@@ -308,11 +312,7 @@ def _zero_shot_section(play: Playground, workers: Mapping[int, Worker]) -> None:
 
     def added(path: str | None, request: gr.Request) -> list[Any]:
         with play.sessions.handling(_page(request)) as session:
-            try:
-                _add(play, session, path)
-                view = _view(play, session)
-            except MedmError as error:
-                raise _shown_error(error) from None
+            view = _add_and_view(play, session, path)
         return [None, viewer(view, "zero-shot")]
 
     def compared(lines: str, sentence: str, request: gr.Request) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable
@@ -69,7 +70,7 @@ class Server(uvicorn.Server):
                 logger.warning("ended with %d requests open", worker.open)
             self.should_exit = late or not (worker.open or jobs.open or self.gate.bodies)
         if counter % SWEEP_TICKS == 0:  # files of patients go even if no request comes
-            self.service.sweep()
+            await asyncio.to_thread(self.service.sweep)
         return await super().on_tick(counter)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +18,7 @@ from pydantic import (
 from medm.config import Mark, Options, ResumeSafe, apply_overrides, flatten, read_yaml, validate
 from medm.data.options import DataOptions
 from medm.errors import MedmError, suggest
+from medm.metrics import smaller_is_better
 from medm.models import MODELS, outputs_of
 from medm.models.options import ModelOptions
 from medm.objectives import (
@@ -37,9 +37,6 @@ from medm.training.options import (
     TrainOptions,
     flatten_parts,
 )
-
-_SMALLER = re.compile(r"-(malformed|repaired|unparsed|unreadable)$|_(hd95|false-positive-rate)$")
-"""Metrics of which smaller values are better."""
 
 
 class Recipe(Options):
@@ -120,9 +117,12 @@ class Recipe(Options):
                     f"monitors: {name} needs a model that scores texts (kind 'dual-encoder'), and "
                     f"this one is {self.model.kind!r}; leave it out"
                 )
-            if monitor.scores_texts and (monitor.samples or monitor.max_new_tokens):
+            if monitor.scores_texts and monitor.samples:
+                raise ValueError(f"monitors: {name} has no replies; leave samples out")
+            if monitor.max_new_tokens and self.model.longest_reply is None:
                 raise ValueError(
-                    f"monitors: {name} has no replies; leave samples and max_new_tokens out"
+                    "monitors: max_new_tokens is for language models, and this one is "
+                    f"{self.model.kind!r}; leave it out"
                 )
             if not monitor.scores_texts and not self.model.predicted_fields():
                 raise ValueError(
@@ -146,7 +146,11 @@ class Recipe(Options):
             raise ValueError(
                 f"train.metric_for_best_model: {metric} is of no monitor; expected {expected}"
             )
-        if label in labels and self.train.greater_is_better is None and _SMALLER.search(metric):
+        if (
+            label in labels
+            and self.train.greater_is_better is None
+            and smaller_is_better(metric.rpartition("_")[2])
+        ):
             raise ValueError(
                 f"train.metric_for_best_model: of {metric} smaller values are better; set "
                 "train.greater_is_better: false"

@@ -18,7 +18,7 @@ from medm.errors import DataError, MedmError, RecipeError
 from medm.imaging import load_pixels, resolve_inside
 from medm.models.base import ModelKind
 from medm.tasks import TASKS
-from medm.tasks.base import FAILED, Task, join_predictions, question_of
+from medm.tasks.base import FAILED, Scores, Task, join_predictions, question_of
 from medm.tasks.study_labels import unknown_labels
 from medm.training.options import MonitorOptions
 from medm.training.sample_table import SampleTable
@@ -95,11 +95,8 @@ class TaskMonitor:
             DataError: what would stop the scoring: two items with one id, a field that is missing.
             RecipeError: no metric is left without a model or a program of its own.
         """
-        records = [
-            self.task.measure_item(record, None, self.root)
-            for record in join_predictions(self.samples, {})
-        ]
-        names = frozenset(result.name for result in self.task.score(records).results)
+        scores = self._score(join_predictions(self.samples, {}))
+        names = frozenset(result.name for result in scores.results)
         if not names:
             raise RecipeError(
                 f"monitors: {self.options.task.label} has no metric that can be computed during "
@@ -191,8 +188,7 @@ class TaskMonitor:
 
     def scores(self, records: Sequence[JsonObject]) -> dict[str, float]:
         """Return the scores of predictions, by their keys in the log."""
-        task = self.task
-        scores = task.score([task.measure_item(record, None, self.root) for record in records])
+        scores = self._score(records)
         if scores.failed and rank() == 0:
             failed = next(record[FAILED] for record in records if FAILED in record)
             logger.warning(
@@ -205,6 +201,10 @@ class TaskMonitor:
             for result in scores.results
             if "[" not in result.name and not math.isnan(result.value)
         }
+
+    def _score(self, records: Sequence[JsonObject]) -> Scores:
+        task = self.task
+        return task.score([task.measure_item(record, None, self.root) for record in records])
 
     def _shown(self, records: Sequence[JsonObject]) -> list[JsonObject]:
         """Return the first items as rows of the table of samples."""

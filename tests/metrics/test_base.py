@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from medm.metrics import METRICS
+from medm.metrics import METRICS, smaller_is_better
 from medm.metrics.base import (
     Clusters,
     MetricResult,
@@ -262,3 +262,13 @@ def test_every_text_metric_knows_right_from_wrong(name: str) -> None:
     assert swapped.value == pytest.approx(right.value)
     with pytest.raises(ValueError):
         metric(answers, answers[:1])
+
+
+def test_the_results_of_which_smaller_values_are_better() -> None:
+    smaller = (
+        "box-malformed", "choice-unparsed", "hd95", "false-positive-rate", "radeval/radcliq-v1",
+        "image-to-text-median-rank",
+    )  # fmt: skip
+    assert all(smaller_is_better(name) for name in smaller)
+    larger = ("token-f1", "auroc", "image-to-text-R@1", "hit-rate@0.5", "radeval/radgraph", "nsd")
+    assert not any(smaller_is_better(name) for name in larger)

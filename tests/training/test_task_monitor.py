@@ -156,6 +156,8 @@ def test_scores_that_the_model_cannot_give_are_refused(world: Path) -> None:
             train(load_recipe(path, list(overrides)))
 
     refused({"task": {"name": "study-retrieval", "rerank": 2}}, "study-retrieval needs matches")
+    limited = {"task": "mimic-cxr", "max_new_tokens": 9}
+    refused(limited, "max_new_tokens is for language models, and this one is 'blip'")
     refused({"task": {**LABELS, "label_names": ["a", "mass"]}}, "scores a, which model.labels does")
     refused({"task": "medqa"}, "medqa has no split 'val'")
     refused(

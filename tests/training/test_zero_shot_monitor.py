@@ -141,7 +141,8 @@ def test_a_recipe_without_evaluations_or_for_another_kind_is_refused(world: Path
     [monitor] = content["monitors"]
     for monitors, message in (
         ([monitor, monitor], "zero-shot-breast-us stands twice"),
-        ([{**monitor, "samples": 2}], "zero-shot has no replies; leave samples and max_new_tokens"),
+        ([{**monitor, "samples": 2}], "zero-shot has no replies; leave samples out"),
+        ([{**monitor, "max_new_tokens": 2}], "max_new_tokens is for language models"),
     ):
         path.write_text(yaml.safe_dump({**content, "monitors": monitors}))
         with pytest.raises(RecipeError, match=message):

@@ -107,11 +107,6 @@ class BlipKind(ModelKind[BlipOptions, MedmBlip, MedmBlipProcessor]):
         batch_size: int,
         max_new_tokens: int | None = None,
     ) -> Answerer:
-        if max_new_tokens is not None:
-            raise RecipeError(
-                "monitors: max_new_tokens is for language models; a model of studies writes up to "
-                "model.text.max_length. Leave it out"
-            )
         from medm.models.blip.answering import StudyAnswerer
 
         return StudyAnswerer(model, processor, fields, batch_size=batch_size, with_reports=True)

@@ -68,8 +68,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _NOT_FOR_THE_CONNECTOR = {"name", "path"}
-_REPLY_TOKENS = 256
-"""Longest reply during the training, as `generation.max_new_tokens` of inference."""
 
 
 _SUMMARY = (
@@ -112,9 +110,9 @@ class LVLM(ModelKind[LVLMOptions, LVLMForConditionalGeneration, LVLMProcessor]):
         batch_size: int,
         max_new_tokens: int | None = None,
     ) -> Answerer:
-        return ConversationAnswerer(
-            model, processor, max_new_tokens=max_new_tokens or _REPLY_TOKENS
-        )
+        longest = max_new_tokens or LVLMOptions.longest_reply
+        assert longest is not None
+        return ConversationAnswerer(model, processor, max_new_tokens=longest)
 
     def check_item(self, processor: LVLMProcessor, item: AnswerItem) -> None:
         encode_item(processor, item)

@@ -103,6 +103,8 @@ class LVLMOptions(ModelOptions):
 
     outputs: ClassVar[frozenset[str]] = frozenset({"loss", "loss_sum", "losses"}) | MASK_OUTPUTS
 
+    longest_reply: ClassVar[int | None] = 256  # as `generation.max_new_tokens` of inference
+
     kind: Literal["lvlm"] = "lvlm"
     """Kind of model."""
     llm: Annotated[LLMOptions, NamedBlock(LLMS)]
