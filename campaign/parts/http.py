@@ -20,6 +20,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import httpx
+from pydicom.dataset import Dataset
 
 from campaign.harness import Case, Part, WrongResultError, scratch
 from campaign.mutate import mutated
@@ -53,10 +54,13 @@ def _logged() -> Iterator[list[str]]:
             lines.append(record.getMessage())
 
     handler, logger = Handler(logging.ERROR), logging.getLogger("medm.serving")
+    silenced = logging.root.manager.disable
     logger.addHandler(handler)
+    logging.disable(logging.NOTSET)
     try:
         yield lines
     finally:
+        logging.disable(silenced)
         logger.removeHandler(handler)
 
 
@@ -69,11 +73,18 @@ def _form(name: str, content: bytes) -> bytes:
 
 
 def _zip() -> bytes:
-    """A series of three slices."""
+    """A series of three slices; of the same bytes in every run, so that a case can be repeated."""
+
+    def fix(dataset: Dataset, z: int) -> None:
+        dataset.StudyInstanceUID, dataset.SeriesInstanceUID = "1.2.3", "1.2.3.1"
+        dataset.SOPInstanceUID = f"1.2.3.1.{z + 1}"
+        dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
+
     stream = io.BytesIO()
     with scratch() as folder, zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
-        for file in write_series(folder, phantom()[:, :, :3]):
-            archive.write(file, file.name)
+        for file in write_series(folder, phantom()[:, :, :3], change=fix):
+            entry = zipfile.ZipInfo(file.name)  # of 1980
+            archive.writestr(entry, file.read_bytes(), zipfile.ZIP_DEFLATED)
     return stream.getvalue()
 
 
